@@ -1,0 +1,185 @@
+"""`value_and_grad` and `grad`: as in JAX, with row-sparse gradients for tables."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_embed._jaxpr import is_float
+from sparse_embed._plan import Plan, Site
+from sparse_embed._program import Program, Tables, find_tables, trace
+from sparse_embed._replay import Leaf, Taps, replay, whole
+from sparse_embed._row_sparse import RowSparse, summed
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    tables: Tables = None,
+) -> Callable[..., Any]:
+    """`jax.value_and_grad`, with a `RowSparse` for each leaf that `fun` reads only by row.
+
+    The value is exactly that of `fun`. For a table `T` read as `T[ids]`, the gradient lists the
+    distinct `ids` with `sum over i with ids[i] == r of dL/d(T[ids])[i]` as row `r`; no array of the
+    table's size is made. Lookups may be written in any way that reads whole rows: `se.lookup`,
+    `jnp.take(table, ids, axis=0)`, `table[ids]`, flax and equinox embeddings; inside `jit`, `vmap`,
+    `scan`, `cond`, `checkpoint` and `shard_map`; after row-wise operations such as a cast.
+
+    A table that is also used whole gets a dense gradient, and one warning that names the operation
+    and its line. A leaf read only at constant places (`p[0]`, `p[:10]`) is dense.
+
+    Args:
+      fun: function with a scalar value, or `(value, aux)` with `has_aux`.
+      argnums: which positional arguments to differentiate.
+      has_aux: whether `fun` returns `(value, aux)`.
+      tables: which leaves must come back as `RowSparse`: a predicate on `(path, leaf)`, or a tree of
+        bools like the argument. For these a whole use is an error; all other leaves are dense.
+
+    Returns:
+      A function of the same arguments that returns `(value, grads)`, or `((value, aux), grads)`.
+      Gradients have the structure and dtypes of the arguments; each `RowSparse` is coalesced.
+
+    Raises:
+      ValueError: when called, where `tables` names a leaf that is used whole.
+      TypeError: JAX's own, for integer arguments or a value that is not a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, sparse_embed as se
+      >>> params = {"table": jnp.ones((1000, 2)), "w": jnp.ones(2)}
+      >>> loss = lambda p, ids: jnp.sum(p["table"][ids] @ p["w"])
+      >>> value, grads = se.value_and_grad(loss)(params, jnp.array([7, 3, 7]))
+      >>> grads["table"].indices.tolist(), grads["table"].rows.tolist()
+      ([3, 7, 1000], [[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]])
+      >>> grads["w"].tolist()
+      [3.0, 3.0]
+    """
+
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
+        program = trace(fun, argnums, args, kwargs)
+        first = _check_like_jax(fun, argnums, has_aux, program, args, kwargs)
+        live = [i == first for i in range(len(program.jaxpr.outvars))]
+        found, plan = find_tables(program, tables, live)
+        outs, grads = _differentiate(program, plan, found, first)
+        return program.output(outs), program.treedef.unflatten(grads)
+
+    return value_and_grad_fun
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    tables: Tables = None,
+) -> Callable[..., Any]:
+    """`jax.grad`, with a `RowSparse` for each leaf that `fun` reads only by row.
+
+    Args:
+      fun: as in `value_and_grad`.
+      argnums: as in `value_and_grad`.
+      has_aux: as in `value_and_grad`.
+      tables: as in `value_and_grad`.
+
+    Returns:
+      A function of the same arguments that returns `grads`, or `(grads, aux)` with `has_aux`.
+
+    Raises:
+      ValueError: as `value_and_grad`.
+      TypeError: as `value_and_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp, sparse_embed as se
+      >>> se.grad(lambda t: jnp.sum(t[jnp.array([2])]))(jnp.ones((4, 1))).indices.tolist()
+      [2]
+    """
+    both = value_and_grad(fun, argnums, has_aux, tables=tables)
+
+    def grad_fun(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_fun
+
+
+def _check_like_jax(fun, argnums, has_aux, program: Program, args, kwargs) -> int:
+    """The number of the output to differentiate; raises what JAX raises where there is none."""
+    skeleton = program.output(list(range(len(program.jaxpr.outvars))))
+    value = skeleton
+    if has_aux and isinstance(skeleton, tuple) and len(skeleton) == 2:
+        value = skeleton[0]
+    scalar = isinstance(value, int) and program.jaxpr.outvars[value].aval.shape == ()
+    good_aux = value is not skeleton or not has_aux
+    if not (scalar and good_aux and all(map(_is_float_leaf, program.leaves))):
+        jax.eval_shape(jax.value_and_grad(fun, argnums, has_aux), *args, **kwargs)
+    return value
+
+
+def _is_float_leaf(leaf: Any) -> bool:
+    return isinstance(leaf, float) or is_float(leaf)
+
+
+def _differentiate(
+    program: Program, plan: Plan, tables: set[int], first: int
+) -> tuple[list[Array], list[Any]]:
+    """All outputs of the program, and a gradient for each leaf."""
+    leaves = program.leaves
+
+    def run(dense: dict[int, Array], taps: list[Taps]):
+        args = [Leaf(k, x) if k in tables else dense[k] for k, x in enumerate(leaves)]
+        outs, ids = replay(plan, program.jaxpr, program.consts, args, taps)
+        outs = whole(outs)
+        return outs[first], (outs, ids)
+
+    dense = {k: x for k, x in enumerate(leaves) if k not in tables}
+    taps = [tuple(_tap(site, leaves[k]) for k in site.leaves) for site in plan.sites]
+    (value, (outs, ids)), (grads, tap_grads) = jax.value_and_grad(
+        run, argnums=(0, 1), has_aux=True
+    )(dense, taps)
+    outs[first] = value
+    for k in tables:
+        grads[k] = _row_sparse(leaves[k], k, plan.sites, ids, tap_grads)
+    if tables:
+        outs, grads = _tie(outs, grads)
+    return outs, [grads[k] for k in range(len(leaves))]
+
+
+def _tap(site: Site, table: Array) -> Array:
+    minus_zero = -0.0 if jnp.issubdtype(table.dtype, jnp.floating) else complex(-0.0, -0.0)
+    return jnp.full((*site.shape, *table.shape[1:]), minus_zero, table.dtype)
+
+
+def _row_sparse(
+    table: Array, leaf: int, sites: list[Site], ids: list[Array], tap_grads: list[Taps]
+) -> RowSparse:
+    """Joins what the sites of one leaf list, and coalesces it."""
+    features = table.shape[1:]
+    indices, rows = [jnp.zeros(0, jnp.int32)], [jnp.zeros((0, *features), table.dtype)]
+    for site, listed, taps in zip(sites, ids, tap_grads, strict=True):
+        if leaf in site.leaves:
+            indices.append(listed.reshape(-1))
+            rows.append(taps[site.leaves.index(leaf)].reshape(-1, *features))
+    if len(indices) == 2:
+        return summed(RowSparse._make(indices[1], rows[1], table.shape, False), "se.grad")
+    joined = jnp.concatenate(indices), jnp.concatenate(rows)
+    return summed(RowSparse._make(*joined, table.shape, False), "se.grad")
+
+
+def _tie(outs: list[Array], grads: dict[int, Any]) -> tuple[list[Array], dict[int, Any]]:
+    """Ties all outputs to the gradients.
+
+    XLA updates a table in place only if every read of the old table comes before the write. A
+    read that only feeds the value or aux is made to come first by this barrier.
+    """
+    plain = [i for i, x in enumerate(outs) if isinstance(x, Array) and x.dtype.kind in "fiubc"]
+    rows = {k: g.rows for k, g in grads.items() if isinstance(g, RowSparse)}
+    tied, rows = jax.lax.optimization_barrier(([outs[i] for i in plain], rows))
+    for i, x in zip(plain, tied, strict=True):
+        outs[i] = x
+    for k, r in rows.items():
+        g = grads[k]
+        grads[k] = RowSparse._make(g.indices, r, g.shape, True)
+    return outs, grads

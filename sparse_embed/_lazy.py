@@ -1,0 +1,159 @@
+"""`lazy`: any row-separable optax transformation, at the cost of the rows touched."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sparse_embed._errors import describe, message
+from sparse_embed._layout import StateLayout, check_state, state_layout
+from sparse_embed._row_sparse import RowSparse, is_row_sparse, summed
+from sparse_embed._update import Update, check_separable, run_update
+
+
+class LazyState(NamedTuple):
+    """State of `lazy`.
+
+    Attributes:
+      inner_state: the inner transformation's own state, in its own layout.
+      row_counts: with `clock="row"`, for each count of the inner state that sits beside moments: its
+        path, and `[num_rows]` int32 steps for each parameter leaf; else empty.
+    """
+
+    inner_state: Any
+    row_counts: dict[str, list[Array]]
+
+
+def lazy(
+    inner: optax.GradientTransformation, *, clock: Literal["global", "row"] = "global"
+) -> optax.GradientTransformationExtraArgs:
+    """Lifts an optax transformation, whole chain included, to row-sparse gradients.
+
+    The update of a touched row is the one that `inner` computes for the whole table; rows that are
+    not listed, and their state, stay as they are. The update of a table comes back as a `RowSparse`,
+    which stock `optax.apply_updates` adds to it. Leaves with a dense gradient are updated as by
+    `inner`; which leaves are tables is known from the gradients alone.
+
+    What needs all rows is refused with its reason, but for what the touched rows determine: a sum
+    over the gradient's entries, as in `clip_by_global_norm`, is exact.
+
+    Args:
+      inner: any optax transformation whose update of a row depends on that row.
+      clock: `"global"`: a count such as Adam's advances with every step. `"row"`: the counts beside
+        moments count, for each row, the steps that touched it, so that a rare row's bias correction
+        is that of its own history. Counts of schedules stay global.
+
+    Returns:
+      An optax transformation. Its state is `LazyState(inner.init(params), ...)`.
+
+    Raises:
+      ValueError: at `init` or `update`, where `inner` needs the whole matrix; at `update`, where
+        gradients, state and params do not belong together.
+      TypeError: `inner` is not an optax transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sparse_embed as se
+      >>> params = {"table": jnp.ones((1000, 2))}
+      >>> tx = se.lazy(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)))
+      >>> state = tx.init(params)
+      >>> grads = se.grad(lambda p: p["table"][jnp.array([3])].sum())(params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> updates["table"].indices.tolist(), updates["table"].rows.round(3).tolist()
+      ([3], [[-0.1, -0.1]])
+    """
+    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+        raise TypeError(
+            message(
+                "se.lazy(inner): inner must be an optax transformation.",
+                describe(inner),
+                "se.lazy(optax.adam(1e-3))",
+            )
+        )
+    if clock not in ("global", "row"):
+        raise ValueError(
+            message(f"se.lazy(inner, clock={clock!r})", repr(clock), 'clock="global" or "row"')
+        )
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> LazyState:
+        leaves = jax.tree.leaves(params)
+        tables = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) and jnp.size(leaf)]
+        layout = state_layout(inner, params, tables)
+        check_separable(inner, params, layout, tables)
+        counts = _new_row_counts(params, layout) if clock == "row" else {}
+        return LazyState(inner.init(params), counts)
+
+    def update_fn(
+        updates: Any, state: LazyState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, LazyState]:
+        _check_lazy_state(state)
+        grads, treedef = jax.tree.flatten(updates, is_leaf=is_row_sparse)
+        tables = {
+            k: summed(g, "tx.update(grads, opt_state, params)")
+            for k, g in enumerate(grads)
+            if is_row_sparse(g)
+        }
+        _check_params(grads, treedef, params)
+        dense = [jax.ShapeDtypeStruct(jnp.shape(g), jnp.result_type(g.dtype)) for g in grads]
+        like = treedef.unflatten(dense) if params is None else params
+        layout = state_layout(inner, like, sorted(tables))
+        job = Update(inner, layout, treedef, [tables.get(k, g) for k, g in enumerate(grads)])
+        leaves = check_state(layout, state.inner_state)
+        new_updates, new_leaves, row_counts = run_update(
+            job, leaves, params, state.row_counts, extra_args
+        )
+        inner_state = layout.treedef.unflatten(new_leaves)
+        return treedef.unflatten(new_updates), LazyState(inner_state, row_counts)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _new_row_counts(params: Any, layout: StateLayout) -> dict[str, list[Array]]:
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    counts = layout.counts([path for path, _ in with_paths])
+    heights = [jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for _, leaf in with_paths]
+    return {
+        jax.tree_util.keystr(layout.paths[i]): [
+            jnp.zeros(rows if k in beside else 0, jnp.int32) for k, rows in enumerate(heights)
+        ]
+        for i, beside in counts.items()
+    }
+
+
+def _check_lazy_state(state: Any) -> None:
+    if not isinstance(state, LazyState):
+        raise TypeError(
+            message(
+                "tx.update(grads, opt_state, params): opt_state is not a state of se.lazy.",
+                describe(state),
+                "opt_state = tx.init(params), with the tx that se.lazy returned",
+            )
+        )
+
+
+def _check_params(grads: list[Any], treedef: Any, params: Any) -> None:
+    """Gradients and params must be trees of the same shapes."""
+    if params is None:
+        return
+    leaves, param_treedef = jax.tree.flatten(params)
+    call = "tx.update(grads, opt_state, params)"
+    if treedef != param_treedef:
+        raise ValueError(
+            message(
+                f"{call}: grads and params are different trees.",
+                f"grads {treedef}, params {param_treedef}",
+                "_, grads = se.value_and_grad(loss_fn)(params, batch)",
+            )
+        )
+    for (path, leaf), grad in zip(
+        jax.tree_util.tree_flatten_with_path(params)[0], grads, strict=True
+    ):
+        if jnp.shape(leaf) != grad.shape:
+            name = "params" + jax.tree_util.keystr(path)
+            got = f"{name} {describe(leaf)}, its gradient of shape {grad.shape}"
+            raise ValueError(
+                message(f"{call}: a gradient of another table.", got, "the gradient of these params")
+            )
+    del leaves

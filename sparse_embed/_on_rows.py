@@ -1,0 +1,286 @@
+"""Runs a program that was written for whole tables on some rows of them.
+
+`lazy` traces an optimizer's update once, at the true shapes of the tables, and runs its equations
+here on the touched rows. So the optimizer's own code sees the whole table's shape (a mean divides by
+all of its entries), while no operation is larger than the touched rows.
+
+An equation may be row-wise, or it may reduce over the rows something that untouched rows are known
+to contribute a fixed number to: squares of the gradient are zero there, so a global norm is exact.
+Any other equation makes its outputs `Refused`, with the reason; whoever needs one of them raises.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_embed import _jaxpr
+from sparse_embed._idle import idle_value, known
+from sparse_embed._jaxpr import (
+    CALLS,
+    CUSTOM_RULES,
+    JaxprEqn,
+    bind,
+    called_jaxpr,
+    open_jaxpr,
+    source_line,
+    transform_name,
+)
+from sparse_embed._rowwise import ELEMENTWISE, REDUCTIONS, bind_on_rows, is_row_wise
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A `[V, *features]` value of which the touched rows are known.
+
+    `idle` is the number that every entry of an untouched row is known to have, or `None`. With
+    `table` `None` all rows are alike, and `block` is the one row.
+    """
+
+    block: Array  # [n, *features]
+    table: int | None
+    idle: Any = None
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """A scalar of the program that has a value of its own for each touched row."""
+
+    block: Array  # [n]
+    table: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A value that cannot be had from the touched rows."""
+
+    reason: str
+    tables: frozenset[int]
+
+
+class OnRows:
+    """Runs jaxprs on the touched rows.
+
+    Args:
+      heights: rows of each table.
+      real: for each table, `[n]` bools: which entries of its blocks are rows and not padding.
+      given: arrays that come from the user, whose rows may be gathered with `gather`.
+      gather: `(table number, array [V, *features]) -> [n, *features]`.
+    """
+
+    def __init__(
+        self,
+        heights: dict[int, int],
+        real: dict[int, Array],
+        given: Sequence[Any],
+        gather: Callable[[int, Array], Array],
+    ):
+        self.heights, self.real, self.gather = heights, real, gather
+        self.given = {id(x) for x in given}
+        self._calls: list[JaxprEqn] = []  # the calls that the current equation is in
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """Runs an open jaxpr; each value is an array, `Rows`, `PerRow` or `Refused`."""
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, _jaxpr.Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            outs = self._eqn(eqn, [read(v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def block(self, value: Any, table: int, n: int) -> Any:
+        """`value` as a block of `n` rows of `table`, or `Refused`."""
+        if isinstance(value, Rows):
+            if value.table == table:
+                return value.block
+            if value.table is None:
+                return jnp.broadcast_to(value.block, (n, *value.block.shape[1:]))
+            return Refused("it is a value of another table", frozenset({table}))
+        if id(value) in self.given:
+            return self.gather(table, value)
+        if isinstance(value, Refused | PerRow):
+            return value
+        return Refused("a value is made for every row of the table", frozenset({table}))
+
+    def _eqn(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        special = [v for v in values if isinstance(v, Rows | PerRow | Refused)]
+        if not special:
+            return self._plain(eqn, values)
+        if name in CALLS or name in CUSTOM_RULES:
+            self._calls.append(eqn)
+            outs = self.run(*called_jaxpr(eqn), values)
+            self._calls.pop()
+            return outs
+        if name == "cond":
+            return self._cond(eqn, values)
+        refused = [v for v in special if isinstance(v, Refused)]
+        if refused:
+            tables = frozenset().union(*(r.tables for r in refused), _tables(special))
+            return [Refused(refused[0].reason, tables)] * len(eqn.outvars)
+        if any(isinstance(v, PerRow) for v in special):
+            return self._per_row(eqn, values)
+        if name in REDUCTIONS and 0 in eqn.params["axes"]:
+            return self._reduce(eqn, values[0])
+        if name == "optimization_barrier":
+            return values
+        return self._row_wise(eqn, values)
+
+    def _plain(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        p = eqn.params
+        spread = eqn.primitive.name == "broadcast_in_dim" and 0 not in p["broadcast_dimensions"]
+        if spread and p["shape"] and p["shape"][0] in self.heights.values():
+            block = bind(eqn, values, shape=(1, *p["shape"][1:]))[0]
+            return [Rows(block, None, known(values[0]))]
+        return bind(eqn, values)
+
+    def _row_wise(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        tagged = [isinstance(v, Rows) for v in values]
+        tables = _tables(values)
+        if not tables and (any(map(_is_tall, values)) or not is_row_wise(eqn, tagged)):
+            # The same row all over, in the company of an ordinary array.
+            return bind(eqn, [_laid_out(v, x) for v, x in zip(values, eqn.invars, strict=True)])
+        if len(tables) > 1 or not is_row_wise(eqn, tagged):
+            return self._refuse(eqn, tables, "needs all rows at once")
+        (table,) = tables or {None}
+        n = 1 if table is None else self.real[table].shape[0]
+        blocks = []
+        for v, x in zip(values, eqn.invars, strict=True):
+            shape = x.aval.shape
+            if isinstance(v, Rows) or (shape[:1] == (self.heights.get(table, -1),) != (1,)):
+                v = self.block(v, table, n) if table is not None else v.block
+            if isinstance(v, Refused):
+                return self._refuse(eqn, tables, "takes an array made for every row")
+            blocks.append(v)
+        idle = idle_value(eqn, [v.idle if isinstance(v, Rows) else known(v) for v in values])
+        return [Rows(b, table, idle) for b in bind_on_rows(eqn, blocks, n)]
+
+    def _reduce(self, eqn: JaxprEqn, x: Rows) -> list[Any]:
+        name, tables = eqn.primitive.name, _tables([x])
+        summing = name in ("reduce_sum", "reduce_xor")
+        if x.table is None:
+            return bind(eqn, [_laid_out(x, eqn.invars[0])])
+        if x.idle is None or (summing and x.idle != 0) or name == "reduce_prod":
+            why = "adds up" if summing else "compares"
+            return self._refuse(eqn, tables, f"{why} all rows, the untouched ones too")
+        real = self.real[x.table].reshape(-1, *(1,) * (x.block.ndim - 1))
+        masked = jnp.where(real, x.block, jnp.asarray(x.idle, x.block.dtype))
+        (out,) = bind(eqn, [masked])
+        if not summing and self.real[x.table].shape[0] < self.heights[x.table]:
+            combine = _COMBINE[name]  # some row is untouched for sure
+            out = combine(out, jnp.asarray(x.idle, out.dtype))
+        return [out]
+
+    def _per_row(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        """Equations on per-row scalars: each is spread over the features it meets."""
+        tables = _tables(values)
+        name, ndim = eqn.primitive.name, len(eqn.outvars[0].aval.shape)
+        table = min(tables)
+        n = self.real[table].shape[0]
+        spread = [_spread(v, ndim) if isinstance(v, PerRow) else v for v in values]
+        if name == "broadcast_in_dim" and eqn.params["shape"][0] == self.heights[table]:
+            block = jnp.broadcast_to(spread[0], (n, *eqn.params["shape"][1:]))
+            return [Rows(block, table)]
+        if len(tables) > 1 or name not in ELEMENTWISE:
+            return self._refuse(eqn, tables, "needs one count for all rows")
+        if ndim == 0:
+            return [PerRow(b, table) for b in bind(eqn, [_full(v, n) for v in spread])]
+        if eqn.outvars[0].aval.shape[0] != self.heights[table]:
+            return self._refuse(eqn, tables, "needs one count for all rows")
+        shape = (n, *eqn.outvars[0].aval.shape[1:])
+        blocks = [self.block(v, table, n) if isinstance(v, Rows) else v for v in spread]
+        blocks = [b if jnp.ndim(b) == 0 else jnp.broadcast_to(b, shape) for b in blocks]
+        return [Rows(b, table) for b in bind_on_rows(eqn, blocks, n)]
+
+    def _cond(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        index, *operands = values
+        if isinstance(index, Rows | PerRow | Refused):
+            return self._refuse(eqn, _tables([index]), "branches on a value of some rows")
+        kinds: list[list[Any]] = []
+        bodies = [open_jaxpr(b) for b in eqn.params["branches"]]
+        for body, consts in bodies:  # a dry run, to see what kind of value each output is
+            outs: list[Any] = []
+            jax.eval_shape(lambda: outs.extend(self.run(body, consts, operands)))  # noqa: B023
+            kinds.append(outs)
+        merged = [_merge(*outs) for outs in zip(*kinds, strict=True)]
+        arrays = [i for i, m in enumerate(merged) if not isinstance(m, Refused)]
+        shapes = [v.aval.shape for v in eqn.outvars]
+
+        def branch(body: Any, consts: Sequence[Any]) -> Callable[[], list[Array]]:
+            def run() -> list[Array]:
+                outs = self.run(body, consts, operands)
+                return [self._as_kind(outs[i], merged[i], shapes[i]) for i in arrays]
+
+            return run
+
+        found = jax.lax.switch(index, [branch(*b) for b in bodies])
+        for i, x in zip(arrays, found, strict=True):
+            m = merged[i]
+            merged[i] = Rows(x, m.table, m.idle) if isinstance(m, Rows) else x
+        return merged
+
+    def _as_kind(self, value: Any, kind: Any, shape: tuple[int, ...]) -> Array:
+        if not isinstance(kind, Rows):
+            return jnp.broadcast_to(value.block if isinstance(value, Rows) else value, shape)
+        if kind.table is None:
+            return value.block
+        return self.block(value, kind.table, self.real[kind.table].shape[0])
+
+    def _refuse(self, eqn: JaxprEqn, tables: frozenset[int], why: str) -> list[Any]:
+        # An equation inside a jax function has no line of its own; its call has one.
+        written = next((e for e in (eqn, *reversed(self._calls)) if source_line(e)), eqn)
+        where = f"{transform_name(written)} {why}"
+        reason = f"`{eqn.primitive.name}` in {where} ({source_line(written)})"
+        return [Refused(reason, tables)] * len(eqn.outvars)
+
+
+_COMBINE: dict[str, Callable[[Any, Any], Array]] = {
+    "reduce_max": jnp.maximum,
+    "reduce_min": jnp.minimum,
+    "reduce_and": jnp.bitwise_and,
+    "reduce_or": jnp.bitwise_or,
+}
+
+
+def _tables(values: Sequence[Any]) -> frozenset[int]:
+    tagged = [v.table for v in values if isinstance(v, Rows | PerRow) and v.table is not None]
+    return frozenset(tagged)
+
+
+def _is_tall(value: Any) -> bool:
+    return not isinstance(value, Rows) and jnp.ndim(value) > 0 and jnp.shape(value)[0] > 1
+
+
+def _laid_out(value: Any, var: Any) -> Any:
+    return jnp.broadcast_to(value.block, var.aval.shape) if isinstance(value, Rows) else value
+
+
+def _spread(value: PerRow, ndim: int) -> Array:
+    return value.block.reshape(-1, *(1,) * max(ndim - 1, 0))
+
+
+def _full(value: Any, n: int) -> Array:
+    return jnp.broadcast_to(value, (n,))
+
+
+def _merge(*outs: Any) -> Any:
+    """What an output of a `cond` is, when its branches give these."""
+    refused = [v for v in outs if isinstance(v, Refused | PerRow)]
+    if refused:
+        reason = getattr(refused[0], "reason", "a cond gives a count of its own to each row")
+        tables = frozenset().union(*(getattr(r, "tables", {0}) for r in refused))
+        return Refused(reason, tables)
+    rows = [v for v in outs if isinstance(v, Rows)]
+    table = next((v.table for v in rows if v.table is not None), None)
+    if table is None and len(rows) < len(outs):
+        return None  # an ordinary array
+    alike = all(isinstance(v, Rows) and v.idle is not None for v in outs)
+    idle = rows[0].idle if alike and all(v.idle == rows[0].idle for v in rows) else None
+    return Rows(rows[0].block, table, idle)

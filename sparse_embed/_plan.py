@@ -1,0 +1,85 @@
+"""What the walk finds out and the replay follows: tags, sites, steps, plans."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from sparse_embed._reads import RowRead
+
+_NONE: frozenset[int] = frozenset()
+
+
+class Tag(NamedTuple):
+    """Where a value comes from, by leaf number."""
+
+    read: frozenset[int] = _NONE  # it is a row-wise function of these
+    live: frozenset[int] = _NONE  # and a derivative can flow back to these of them
+    hidden: frozenset[int] = _NONE  # it came through a whole use of these
+
+
+def join(tags: Iterable[Tag]) -> Tag:
+    """The tag of a value made of values with these tags."""
+    read, live, hidden = zip(*tags, strict=True)
+    return Tag(_NONE.union(*read), _NONE.union(*live), _NONE.union(*hidden))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One row read whose ids leave the program, and whose taps come in.
+
+    Args:
+      read: the read.
+      leaves: the leaves whose rows are listed here.
+      lists: which of its `Ids` leave the program; with "listed" there is a tap for each leaf.
+      line: the user's line.
+      shape: shape of the ids as seen from the plan that holds the site: `[*outer, *lead]`, with
+        one outer axis for each `scan` and `shard_map` in between.
+      axes: mesh axes over which the ids differ between devices.
+    """
+
+    read: RowRead
+    leaves: tuple[int, ...]
+    lists: str
+    line: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...] = ()
+
+    def under(self, length: int, axes: tuple[str, ...]) -> "Site":
+        """The same site, seen from outside an axis of `length`."""
+        return replace(self, shape=(length, *self.shape), axes=axes)
+
+
+@dataclass
+class Step:
+    """What the replay does at one equation.
+
+    Args:
+      kind: name of the replay's method.
+      plans: plans of the jaxprs inside the equation.
+      sites: the sites inside, as seen from outside the equation.
+      keep: for each operand, whether it stays delayed when those jaxprs are entered.
+      read: for a row read, how it reads.
+    """
+
+    kind: str
+    plans: tuple["Plan", ...] = ()
+    sites: list[Site] = field(default_factory=list)
+    keep: tuple[bool, ...] = ()
+    read: RowRead | None = None
+
+
+@dataclass
+class Plan:
+    """The steps of one jaxpr, by equation number, and its sites in the order of the steps."""
+
+    steps: dict[int, Step] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    out_tags: list[Tag] = field(default_factory=list)
+
+
+class WholeUse(NamedTuple):
+    """A differentiated use of a leaf that is not a row read."""
+
+    leaf: int
+    primitive: str
+    line: str

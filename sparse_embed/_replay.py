@@ -1,0 +1,280 @@
+"""The replay: runs a planned program, with table values delayed until their rows are read.
+
+At each site the rows are read as `table[ids] + tap`. A tap is an extra input, filled with -0.0:
+`x + -0.0` is `x` for every float `x` (+0.0 would turn -0.0 into 0.0), so the program computes what
+it always did, and the derivative with respect to a tap is the gradient of the rows read there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from sparse_embed._jaxpr import (
+    JaxprEqn,
+    Literal,
+    bind,
+    called_jaxpr,
+    manual_axes,
+    open_jaxpr,
+    scan_split,
+)
+from sparse_embed._plan import Plan, Site, Step
+from sparse_embed._rowwise import bind_on_rows
+from sparse_embed._walk import site_axes
+
+Taps = tuple[Array, ...]  # one tap `[*site.shape, *features]` for each leaf of a site
+
+
+class Delayed:
+    """A table-shaped value, kept as the row-wise operations that make it."""
+
+    def __init__(self, eqn: JaxprEqn, operands: list[Any], out: int):
+        self.eqn, self.operands, self.out = eqn, operands, out
+
+    def whole(self) -> Array:
+        return bind(self.eqn, whole(self.operands))[self.out]
+
+    def rows(self, ids: Array, taps: dict[int, Array], memo: dict[int, Array]) -> Array:
+        """Its rows at in-range `ids` `[n]`, with the taps of its leaves added."""
+        if id(self) not in memo:
+            height = self.eqn.outvars[self.out].aval.shape[0]
+            blocks = [_rows(x, height, ids, taps, memo) for x in self.operands]
+            memo[id(self)] = bind_on_rows(self.eqn, blocks, ids.shape[0])[self.out]
+        return memo[id(self)]
+
+
+class Leaf(Delayed):
+    """A parameter leaf, where every chain of delayed operations ends."""
+
+    def __init__(self, number: int, table: Array):
+        self.number, self.table = number, table
+
+    def whole(self) -> Array:
+        return self.table
+
+    def rows(self, ids: Array, taps: dict[int, Array], memo: dict[int, Array]) -> Array:
+        if id(self.number) not in memo:
+            rows = self.table.at[ids].get(mode="promise_in_bounds")
+            tap = taps.get(self.number)
+            memo[id(self.number)] = rows if tap is None else rows + tap
+        return memo[id(self.number)]
+
+
+def _rows(x: Any, height: int, ids: Array, taps: dict, memo: dict) -> Any:
+    if isinstance(x, Delayed):
+        return x.rows(ids, taps, memo)
+    tall = jnp.ndim(x) and jnp.shape(x)[0] == height and height > 1
+    return jnp.asarray(x).at[ids].get(mode="promise_in_bounds") if tall else x
+
+
+def whole(values: Sequence[Any]) -> list[Any]:
+    """`values` with the delayed ones computed."""
+    return [v.whole() if isinstance(v, Delayed) else v for v in values]
+
+
+def replay(
+    plan: Plan, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], taps: Sequence[Taps]
+) -> tuple[list[Any], list[Array]]:
+    """Runs a planned jaxpr.
+
+    Args:
+      plan: its plan.
+      jaxpr: the open jaxpr.
+      consts: values of its constants.
+      args: values of its inputs; `Delayed` where the plan's tags say so.
+      taps: one tuple of taps for each site of the plan.
+
+    Returns:
+      Its outputs (some may be `Delayed`), and the ids `[*site.shape]` of each site.
+    """
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    left, ids = iter(taps), []
+
+    for number, eqn in enumerate(jaxpr.eqns):
+        values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        step = plan.steps.get(number)
+        if step is None:
+            outs = bind(eqn, whole(values))
+        else:
+            inside = [next(left) for _ in step.sites]
+            outs, found = _STEPS[step.kind](eqn, step, values, inside)
+            ids += found
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars], ids
+
+
+def _row_op(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    return [Delayed(eqn, values, i) for i in range(len(eqn.outvars))], []
+
+
+def _same_rows(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    plain = [i for i, v in enumerate(values) if not isinstance(v, Delayed)]
+    if plain:
+        for i, v in zip(plain, bind(eqn, [values[i] for i in plain]), strict=True):
+            values[i] = v
+    return values, []
+
+
+def _read(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    table, *starts = values
+    if not isinstance(table, Delayed):  # an ordinary array, read at ids made of a table
+        return bind(eqn, whole(values)), []
+    assert step.read is not None
+    ids = step.read.ids([None, *whole(starts)])
+    flat = ids.safe.reshape(-1)
+    named = {}
+    for site, tap in zip(step.sites, taps, strict=True):
+        if site.lists == "listed":
+            features = [t.shape[len(site.shape) :] for t in tap]
+            flat_taps = [t.reshape(-1, *f) for t, f in zip(tap, features, strict=True)]
+            named = dict(zip(site.leaves, flat_taps, strict=True))
+    rows = table.rows(flat, named, {})
+    out = step.read.place(rows.reshape(*ids.safe.shape, *rows.shape[1:]), ids)
+    return [out], [getattr(ids, site.lists) for site in step.sites]
+
+
+def _call(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    jaxpr, consts = called_jaxpr(eqn)
+    return replay(step.plans[0], jaxpr, consts, values, taps)
+
+
+def _checkpoint(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    jaxpr, consts = called_jaxpr(eqn)
+    merge, plain = _split(values, [isinstance(v, Delayed) for v in values])
+
+    def run(plain, taps):
+        outs, ids = replay(step.plans[0], jaxpr, consts, merge(plain), taps)
+        return whole(outs), ids
+
+    options = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
+    return jax.checkpoint(run, **options)(plain, taps)
+
+
+def _cond(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    index, *operands = values
+    merge, plain = _split(operands, [isinstance(v, Delayed) for v in operands])
+
+    def branch(number: int):
+        jaxpr, consts = open_jaxpr(eqn.params["branches"][number])
+        before = sum(len(p.sites) for p in step.plans[:number])
+        mine = range(before, before + len(step.plans[number].sites))
+
+        def run(plain, taps):
+            own = [taps[i] for i in mine]
+            outs, ids = replay(step.plans[number], jaxpr, consts, merge(plain), own)
+            listed = iter(ids)
+            # A branch that is not taken lists nothing.
+            every = [next(listed) if i in mine else _nothing(s) for i, s in sites]
+            return whole(outs), [jnp.asarray(x, jnp.int32) for x in every]
+
+        return run
+
+    sites = list(enumerate(step.sites))
+    branches = [branch(i) for i in range(len(step.plans))]
+    return jax.lax.switch(index, branches, plain, list(taps))
+
+
+def _nothing(site: Site) -> Array:
+    return jnp.full(site.shape, 0 if site.lists == "asked" else site.read.num_rows, jnp.int32)
+
+
+def _scan(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    consts, carry = scan_split(eqn) or (0, 0)
+    jaxpr, jaxpr_consts = open_jaxpr(eqn.params["jaxpr"])
+    values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
+    merge, changing = _split(values[consts : consts + carry], step.keep[consts : consts + carry])
+
+    def body(changing, xs):
+        xs, taps = xs
+        args = [*values[:consts], *merge(changing), *xs]
+        outs, ids = replay(step.plans[0], jaxpr, jaxpr_consts, args, taps)
+        _, changed = _split(outs[:carry], step.keep[consts : consts + carry])
+        return changed, (whole(outs[carry:]), ids)
+
+    options = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
+    xs = (values[consts + carry :], list(taps))
+    last, (ys, ids) = jax.lax.scan(body, changing, xs, **options)
+    return [*merge(last), *ys], ids
+
+
+def _while(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
+    first = in_cond + in_body
+    merge, changing = _split(values[first:], step.keep[first:])
+    (cond, cond_consts), (body, body_consts) = (
+        open_jaxpr(eqn.params[k]) for k in ("cond_jaxpr", "body_jaxpr")
+    )
+
+    def going(changing):
+        args = [*values[:in_cond], *merge(changing)]
+        return replay(step.plans[0], cond, cond_consts, args, [])[0][0]
+
+    def round_(changing):
+        args = [*values[in_cond:first], *merge(changing)]
+        outs, _ = replay(step.plans[1], body, body_consts, args, [])
+        return _split(outs, step.keep[first:])[1]
+
+    return merge(jax.lax.while_loop(going, round_, changing)), []
+
+
+def _shard_map(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+    p, (jaxpr, consts) = eqn.params, called_jaxpr(eqn)
+    values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
+    merge, plain = _split(values, step.keep)
+    axes = [site_axes(eqn, s) for s in step.plans[0].sites]
+    by_site = [PartitionSpec(a or None) for a in axes]
+
+    def run(plain, taps):  # each device sees its own [1, ...] of every tap
+        own = [tuple(t[0] for t in tap) for tap in taps]
+        outs, ids = replay(step.plans[0], jaxpr, consts, merge(plain), own)
+        return whole(outs), [_varying(i, a)[None] for i, a in zip(ids, axes, strict=True)]
+
+    in_specs = [s for s, k in zip(p["in_specs"], step.keep, strict=True) if not k]
+    mapped = jax.shard_map(
+        run,
+        mesh=p["mesh"],
+        in_specs=(in_specs, by_site),
+        out_specs=(list(p["out_specs"]), by_site),
+        axis_names=set(manual_axes(eqn)),
+        check_vma=p["check_vma"],
+    )
+    return mapped(plain, list(taps))
+
+
+def _varying(ids: Array, axes: Sequence[str]) -> Array:
+    """`ids`, typed as different on each device along `axes`."""
+    for axis in axes:
+        ids = ids + 0 * jax.lax.axis_index(axis).astype(ids.dtype)
+    return ids
+
+
+def _split(
+    values: Sequence[Any], keep: Sequence[bool]
+) -> tuple[Callable[[Sequence[Any]], list[Any]], list[Any]]:
+    """Splits off the values not to keep: `(merge, rest)`, with `merge(rest)` the whole list."""
+    rest = [v for v, k in zip(values, keep, strict=True) if not k]
+
+    def merge(others: Sequence[Any]) -> list[Any]:
+        left = iter(others)
+        return [v if k else next(left) for v, k in zip(values, keep, strict=True)]
+
+    return merge, rest
+
+
+_STEPS: dict[str, Callable[..., tuple[list[Any], list[Array]]]] = {
+    "row_op": _row_op,
+    "same_rows": _same_rows,
+    "read": _read,
+    "call": _call,
+    "checkpoint": _checkpoint,
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+    "shard_map": _shard_map,
+}

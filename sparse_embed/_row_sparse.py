@@ -1,0 +1,232 @@
+"""`RowSparse`: some rows of a table-shaped array, the rest being zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from sparse_embed._errors import describe, is_concrete, message
+from sparse_embed._segments import (
+    distinct,
+    flat_indices,
+    gather_rows,
+    nan_where,
+    segment_sum,
+)
+
+# A leaf that travels with the indices. Whatever a tree-mapped transform does to the indices it
+# does to this number too, and scaling, clipping, shifting or rounding never leave it as it is.
+_SEAL = np.int32(0x5EA1ED)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class RowSparse:
+    """Rows of an array of shape `shape`; rows that are not listed are zero.
+
+    The dense value is `zeros(shape).at[indices].add(rows)`. Indices `>= num_rows` are padding and
+    change nothing; negative indices never wrap, they are padding too. A row may be listed more
+    than once: `coalesce` sums its repeats.
+
+    Arithmetic: `a + b` joins two of the same shape, `a * scalar` and `-a` act on the rows, and
+    `table + a` is the dense updated table, so that `optax.apply_updates` works as it is.
+
+    `optax` transforms map over every leaf of a tree and would change the indices as well. Put
+    the chain inside `se.lazy`; where that was forgotten, whatever reads the container next raises,
+    or, inside a compiled function, turns the rows into NaN.
+
+    Args:
+      indices: `[n]` integers, the row numbers.
+      rows: `[n, *features]` floats, the rows that belong to `indices`.
+      shape: `(num_rows, *features)`, the shape of the table. Static.
+
+    Raises:
+      TypeError: `indices` are not integers.
+      ValueError: the shapes do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp, sparse_embed as se
+      >>> g = se.RowSparse(jnp.array([2, 0, 2]), jnp.ones((3, 2)), (4, 2))
+      >>> g.todense().tolist()
+      [[1.0, 1.0], [0.0, 0.0], [2.0, 2.0], [0.0, 0.0]]
+      >>> (jnp.zeros((4, 2)) + g * 0.5)[2].tolist()
+      [1.0, 1.0]
+    """
+
+    __slots__ = ("indices", "rows", "shape", "coalesced", "_seal")
+    __array_ufunc__ = None  # numpy must leave `table + row_sparse` to this class
+
+    indices: Array  # [n]
+    rows: Array  # [n, *features]
+    shape: tuple[int, ...]
+    coalesced: bool  # rows ascending and distinct, padding last: as `coalesce` returns them
+
+    def __init__(self, indices: ArrayLike, rows: ArrayLike, shape: tuple[int, ...]):
+        indices, rows, shape = jnp.asarray(indices), jnp.asarray(rows), tuple(shape)
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise TypeError(
+                message(
+                    "RowSparse(indices, rows, shape): indices must be integers.",
+                    f"indices {describe(indices)}",
+                    "RowSparse(indices.astype(jnp.int32), rows, shape)",
+                )
+            )
+        if indices.ndim != 1 or not shape or rows.shape != indices.shape + shape[1:]:
+            raise ValueError(
+                message(
+                    "RowSparse(indices, rows, shape): expected indices [n], rows [n, *features] "
+                    "and shape (num_rows, *features).",
+                    f"indices {describe(indices)}, rows {describe(rows)}, shape {shape}",
+                    "RowSparse(ids.reshape(-1), rows.reshape(-1, *table.shape[1:]), table.shape)",
+                )
+            )
+        self._fill(indices, rows, shape, False, _SEAL)
+
+    def _fill(
+        self, indices: Any, rows: Any, shape: tuple[int, ...], coalesced: bool, seal: Any
+    ) -> RowSparse:
+        self.indices, self.rows, self.shape = indices, rows, shape
+        self.coalesced, self._seal = coalesced, seal
+        return self
+
+    @classmethod
+    def _make(
+        cls, indices: Array, rows: Array, shape: tuple[int, ...], coalesced: bool
+    ) -> RowSparse:
+        """Builds one without the checks, from arrays known to belong together."""
+        return cls.__new__(cls)._fill(indices, rows, shape, coalesced, _SEAL)
+
+    def tree_flatten_with_keys(self):
+        keys = map(jax.tree_util.GetAttrKey, ("indices", "rows", "seal"))
+        leaves = (self.indices, self.rows, self._seal)
+        return tuple(zip(keys, leaves, strict=True)), (self.shape, self.coalesced)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[tuple[int, ...], bool], children: tuple[Any, ...]) -> RowSparse:
+        # No checks here: jax unflattens with placeholders of every kind.
+        indices, rows, seal = children
+        return cls.__new__(cls)._fill(indices, rows, *aux, seal)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table."""
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the table."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the rows."""
+        return self.rows.dtype
+
+    def todense(self) -> Array:
+        """The dense array, `shape`; repeats are summed in at least float32."""
+        return jnp.zeros(self.shape, self.dtype) + self
+
+    def __radd__(self, table: ArrayLike) -> Array:
+        table = jnp.asarray(table)
+        if table.shape != self.shape:
+            raise ValueError(
+                message(
+                    "table + row_sparse: they are of different shapes.",
+                    f"table {describe(table)}, RowSparse of shape {self.shape}",
+                    "table + row_sparse with the table that the gradient was taken of",
+                )
+            )
+        grad = summed(self, "table + row_sparse")
+        # The sum is rounded once to the table's dtype, as in `table + dense`.
+        new = gather_rows(table, grad.indices) + grad.rows
+        return table.at[grad.indices].set(
+            new.astype(table.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+
+    def __add__(self, other: Any) -> Any:
+        if not isinstance(other, RowSparse):
+            return self.__radd__(other)
+        if other.shape != self.shape:
+            raise ValueError(
+                message(
+                    "a + b: two RowSparse of different shapes.",
+                    f"shapes {self.shape} and {other.shape}",
+                    "a.todense() + ..., or add gradients of the same table",
+                )
+            )
+        a, b = verified(self, "a + b"), verified(other, "a + b")
+        indices = jnp.concatenate([a.indices, b.indices])
+        return RowSparse._make(indices, jnp.concatenate([a.rows, b.rows]), a.shape, False)
+
+    def __mul__(self, scalar: ArrayLike) -> RowSparse:
+        if jnp.ndim(scalar) != 0:
+            raise ValueError(
+                message(
+                    "row_sparse * x: x must be a scalar.",
+                    describe(scalar),
+                    "RowSparse(g.indices, g.rows * x[g.indices], g.shape)",
+                )
+            )
+        grad = verified(self, "row_sparse * scalar")
+        rows = (grad.rows * scalar).astype(grad.dtype)
+        return RowSparse._make(grad.indices, rows, grad.shape, grad.coalesced)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> RowSparse:
+        return self * -1
+
+    def __repr__(self) -> str:
+        listed = getattr(self.indices, "shape", "?")
+        return f"RowSparse({describe(self.rows)} at indices {listed}, shape={self.shape})"
+
+
+def is_row_sparse(x: Any) -> bool:
+    """`isinstance(x, RowSparse)`, to be given to `jax.tree.map(..., is_leaf=)`."""
+    return isinstance(x, RowSparse)
+
+
+def verified(grad: RowSparse, caller: str) -> RowSparse:
+    """`grad` with its indices known to be unharmed.
+
+    Args:
+      grad: any RowSparse.
+      caller: how the user wrote the call, for the message.
+
+    Returns:
+      `grad`; where only run-time values can tell, with rows that are NaN if it was harmed.
+
+    Raises:
+      TypeError, ValueError: a stock transform changed the indices.
+    """
+    seal, indices = grad._seal, grad.indices
+    advice = "se.lazy(chain) around the whole optax chain: tx = se.lazy(optax.adam(1e-3))"
+    if not all(jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in (seal, indices)):
+        wrote = f"{caller}: a transform mapped over the leaves of a RowSparse changed its indices."
+        raise TypeError(message(wrote, f"indices {describe(indices)}", advice))
+    if is_concrete(seal):
+        if np.all(np.asarray(seal) == _SEAL):
+            return grad
+        wrote = f"{caller}: a transform mapped over the leaves of a RowSparse changed its indices."
+        raise ValueError(message(wrote, f"indices {describe(indices)} with other values", advice))
+    harmed = jnp.any(seal != _SEAL)
+    # Harmed indices may all point outside the table: the NaN must land in rows that exist.
+    first = jnp.arange(indices.size, dtype=indices.dtype)
+    indices = jnp.where(harmed, first, indices)
+    return RowSparse._make(indices, nan_where(harmed, grad.rows), grad.shape, grad.coalesced)
+
+
+def summed(grad: RowSparse, caller: str) -> RowSparse:
+    """`grad` verified, each row listed once and ascending, its repeats summed, padding last."""
+    grad = verified(grad, caller)
+    if grad.coalesced:
+        return grad
+    indices = flat_indices(grad.indices, grad.num_rows)
+    size = min(indices.size, grad.num_rows)
+    slots = distinct(indices, grad.num_rows, size)
+    rows = segment_sum(grad.rows, slots.slot, size)
+    return RowSparse._make(slots.indices, rows, grad.shape, True)

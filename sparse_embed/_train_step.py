@@ -1,0 +1,129 @@
+"""`train_step`: the usual training step, jitted and donated."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from sparse_embed._errors import describe, message
+from sparse_embed._grad import value_and_grad
+
+
+class TrainStep:
+    """A compiled training step; call it, or give it to `se.audit`."""
+
+    def __init__(self, step: Callable[..., Any]):
+        self._step = jax.jit(step, donate_argnums=(0, 1))
+
+    def __call__(self, params: Any, opt_state: Any, *args: Any) -> Any:
+        _check_buffers(params, opt_state)
+        return self._step(params, opt_state, *args)
+
+    def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:
+        """As of `jax.jit(step)`."""
+        return self._step.lower(params, opt_state, *args)
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> TrainStep:
+    """The training step of `loss_fn` under `tx`, jitted, with both trees updated in place.
+
+    `grads = se.value_and_grad(loss_fn)(params, *args)`, `updates = tx.update(grads, opt_state,
+    params)`, `params = optax.apply_updates(params, updates)`. Both trees are donated: use the
+    returned ones, the ones passed in are gone.
+
+    Args:
+      loss_fn: the loss, `loss_fn(params, *args)` for the default `argnums`.
+      tx: the optimizer, `se.lazy(...)`.
+      argnums: where `params` goes among the arguments of `loss_fn`. Several numbers take `params`
+        as a tuple.
+      has_aux: whether `loss_fn` returns `(loss, aux)`.
+
+    Returns:
+      `step(params, opt_state, *args) -> (params, opt_state, loss)`, or `(..., (loss, aux))`.
+
+    Raises:
+      ValueError: when called, where a buffer was donated before or is there twice.
+      TypeError: `tx` is not an optax transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sparse_embed as se
+      >>> params = {"table": jnp.ones((1000, 2))}
+      >>> tx = se.lazy(optax.sgd(0.5))
+      >>> step = se.train_step(lambda p, ids: p["table"][ids].sum(), tx)
+      >>> params, opt_state, loss = step(params, tx.init(params), jnp.array([3, 8]))
+      >>> params["table"][3].tolist(), float(loss)
+      ([0.5, 0.5], 4.0)
+    """
+    if not callable(getattr(tx, "update", None)):
+        raise TypeError(
+            message(
+                "se.train_step(loss_fn, tx): tx must be an optax transformation.",
+                describe(tx),
+                "se.train_step(loss_fn, se.lazy(optax.adam(1e-3)))",
+            )
+        )
+    several = not isinstance(argnums, int)
+    numbers = [operator.index(n) for n in argnums] if several else [operator.index(argnums)]
+    gradient = value_and_grad(loss_fn, tuple(numbers) if several else argnums, has_aux)
+
+    def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
+        value, grads = gradient(*_merge(numbers, params if several else (params,), args))
+        updates, opt_state = _update(tx, grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    return TrainStep(step)
+
+
+def _merge(numbers: Sequence[int], params: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """The arguments of the loss: `params` at `numbers`, `args` in the other places."""
+    total = len(params) + len(args)
+    own = dict(zip((n % total for n in numbers), params, strict=True))
+    left = iter(args)
+    return [own[i] if i in own else next(left) for i in range(total)]
+
+
+def _update(tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> Any:
+    try:
+        return tx.update(grads, opt_state, params)
+    except (TypeError, ValueError) as error:
+        error.add_note(
+            "In se.train_step(loss_fn, tx): a stock optax transformation cannot take the row-sparse "
+            "gradients of a table.\n  write: tx = se.lazy(optax.chain(...)) around the whole chain"
+        )
+        raise
+
+
+def _check_buffers(params: Any, opt_state: Any) -> None:
+    """Both trees are donated, so each buffer must be alive, and there once."""
+    seen: dict[int, str] = {}
+    for root, tree in (("params", params), ("opt_state", opt_state)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+                continue
+            name = root + jax.tree_util.keystr(path)
+            if leaf.is_deleted():
+                raise ValueError(
+                    message(
+                        "step(params, opt_state, ...): a buffer was donated to an earlier step.",
+                        f"{name} {describe(leaf)}, deleted",
+                        "params, opt_state, loss = step(params, opt_state, ...)",
+                    )
+                )
+            if id(leaf) in seen:
+                raise ValueError(
+                    message(
+                        "step(params, opt_state, ...): one array is there twice; it cannot be "
+                        "donated twice.",
+                        f"{seen[id(leaf)]} is {name} {describe(leaf)}",
+                        "jax.tree.map(jnp.copy, ...) of one of the two trees",
+                    )
+                )
+            seen[id(leaf)] = name

@@ -1,0 +1,224 @@
+"""One update of an optax transformation over a tree that mixes dense leaves and tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sparse_embed._errors import message
+from sparse_embed._jaxpr import as_jaxpr
+from sparse_embed._layout import ELSEWHERE, StateLayout
+from sparse_embed._on_rows import OnRows, PerRow, Refused, Rows
+from sparse_embed._row_sparse import RowSparse
+from sparse_embed._segments import gather_rows
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is updated: `grads[k]` is a coalesced `RowSparse` where leaf k is a table."""
+
+    inner: optax.GradientTransformationExtraArgs
+    layout: StateLayout
+    treedef: Any
+    grads: list[Any]
+
+    @property
+    def tables(self) -> dict[int, RowSparse]:
+        return {k: g for k, g in enumerate(self.grads) if isinstance(g, RowSparse)}
+
+
+def run_update(
+    job: Update, state: list[Any], params: Any, row_counts: dict[str, list[Array]], extra: dict
+) -> tuple[list[Any], list[Any], dict[str, list[Array]]]:
+    """Traces `inner.update` at the tables' true shapes and runs it on the touched rows.
+
+    Args:
+      job: the gradients and the layout of the state.
+      state: leaves of the inner state.
+      params: the parameters, or None.
+      row_counts: per-row counts of `clock="row"`.
+      extra: extra arguments of `inner.update`.
+
+    Returns:
+      The updates, `RowSparse` for tables; the new leaves of the state; the new row counts.
+
+    Raises:
+      ValueError: `inner` needs what the touched rows do not determine.
+    """
+    param_leaves = None if params is None else jax.tree.leaves(params)
+    program, engine = _trace(job, state, param_leaves, extra)
+    args = _args(job, engine, state, param_leaves)
+    outs = engine.run(*program, args)
+    updates, new_state = outs[: len(job.grads)], outs[len(job.grads) :]
+
+    new_counts = {name: list(rows) for name, rows in row_counts.items()}
+    if row_counts:
+        own = _own_counts(job, row_counts)
+        for k, grad in job.tables.items():
+            mine = list(args)
+            for i, name in own[k].items():
+                clock = gather_rows(row_counts[name][k], grad.indices)
+                mine[len(job.grads) + i] = PerRow(clock, k)
+            outs = engine.run(*program, mine)
+            updates[k] = outs[k]
+            for i, table in enumerate(job.layout.table):
+                if table == k:
+                    new_state[i] = outs[len(job.grads) + i]
+            for i, name in own[k].items():
+                count = outs[len(job.grads) + i]
+                rows = count.block if isinstance(count, PerRow) else count
+                new_counts[name][k] = _scatter(row_counts[name][k], grad, rows)
+    return (
+        [_as_update(job, engine, k, u) for k, u in enumerate(updates)],
+        [_as_state(job, engine, i, old, new) for i, (old, new) in enumerate(zip(state, new_state))],
+        new_counts,
+    )
+
+
+def check_separable(
+    inner: optax.GradientTransformationExtraArgs,
+    params: Any,
+    layout: StateLayout,
+    tables: Sequence[int],
+) -> None:
+    """Refuses a transformation that can update no table by its touched rows.
+
+    It is tried out, by shape alone, as if every leaf were a table. A transformation may treat some
+    leaves as matrices (`muon` beside `adam` in one `partition`); then this waits for the
+    gradients to tell which leaves are tables.
+
+    Raises:
+      ValueError: every leaf that may be a table is refused. With name and reason.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    grads = list(leaves)
+    for k in tables:
+        shape = jnp.shape(leaves[k])
+        n = min(2, shape[0])
+        rows = jnp.zeros((n, *shape[1:]), leaves[k].dtype)
+        grads[k] = RowSparse._make(jnp.arange(n), rows, shape, True)
+    job = Update(inner, layout, treedef, grads)
+    refused: dict[int, str] = {}
+
+    def attempt(state: list[Any], params: list[Any]) -> None:
+        for extra in ({}, {"value": jnp.float32(0)}):
+            try:
+                program, engine = _trace(job, state, params, extra)
+            except TypeError:  # it asks for arguments that only the loop has
+                continue
+            outs = engine.run(*program, _args(job, engine, state, params))
+            for i, out in enumerate(outs):
+                if isinstance(out, Refused):
+                    refused.update(dict.fromkeys(out.tables, out.reason))
+            return
+
+    structs = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    jax.eval_shape(attempt, layout.shapes, structs)
+    matrices = [k for k in tables if jnp.ndim(leaves[k]) > 1] or list(tables)
+    if refused and all(k in refused for k in matrices):
+        raise ValueError(_refusal(next(refused[k] for k in matrices)))
+
+
+def _refusal(reason: str) -> str:
+    return message(
+        "se.lazy(inner): inner cannot update a table by its touched rows alone.",
+        reason,
+        "se.lazy(optax.partition({'tables': optax.adam(1e-3), 'rest': inner}, labels)), or dense "
+        "gradients for this leaf",
+    )
+
+
+def _trace(job: Update, state: list[Any], params: list[Any] | None, extra: dict) -> Any:
+    """The program of one update, `(jaxpr, consts)`, and the engine to run it."""
+    structs = [jax.ShapeDtypeStruct(g.shape, g.dtype) for g in job.grads]
+
+    def update(grads: list[Any], state: list[Any], params: list[Any] | None) -> list[Any]:
+        updates, new_state = job.inner.update(
+            job.treedef.unflatten(grads),
+            job.layout.treedef.unflatten(state),
+            None if params is None else job.treedef.unflatten(params),
+            **extra,
+        )
+        return [*jax.tree.leaves(updates), *jax.tree.leaves(new_state)]
+
+    program = as_jaxpr(update, structs, state, params)
+    tables = job.tables
+    engine = OnRows(
+        {k: g.num_rows for k, g in tables.items()},
+        {k: g.indices < g.num_rows for k, g in tables.items()},
+        [*program[1], *state, *(params or [])],
+        lambda k, x: gather_rows(x, tables[k].indices),
+    )
+    return program, engine
+
+
+def _args(job: Update, engine: OnRows, state: list[Any], params: list[Any] | None) -> list[Any]:
+    """The program's inputs, with the touched rows in place of each table."""
+    tables = job.tables
+
+    def rows(x: Any, table: int | None) -> Any:
+        if table == ELSEWHERE:
+            reason = "its state mixes the rows of a table with other numbers"
+            return Refused(reason, frozenset(tables))
+        return x if table not in tables else Rows(engine.gather(table, x), table)
+
+    zero = {k: jnp.zeros((), g.dtype)[()] for k, g in tables.items()}
+    grads = [
+        Rows(g.rows, k, 0) if k in zero else g for k, g in enumerate(job.grads)
+    ]
+    held = [rows(x, table) for x, table in zip(state, job.layout.table, strict=True)]
+    values = [rows(x, k) for k, x in enumerate(params or [])]
+    return [*grads, *held, *values]
+
+
+def _as_update(job: Update, engine: OnRows, k: int, value: Any) -> Any:
+    grad = job.grads[k]
+    if not isinstance(grad, RowSparse):
+        return _as_array(value, grad.shape)
+    rows = engine.block(value, k, grad.rows.shape[0])
+    if isinstance(rows, Refused):
+        raise ValueError(_refusal(rows.reason))
+    real = engine.real[k].reshape(-1, *(1,) * (grad.ndim - 1))
+    return RowSparse._make(grad.indices, jnp.where(real, rows, 0), grad.shape, True)
+
+
+def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
+    table = job.layout.table[i]
+    if table not in job.tables:
+        return _as_array(new, job.layout.shapes[i].shape)
+    if new is old:
+        return old
+    grad = job.tables[table]
+    rows = engine.block(new, table, grad.rows.shape[0])
+    if isinstance(rows, Refused):
+        raise ValueError(_refusal(rows.reason))
+    return _scatter(old, grad, rows)
+
+
+def _scatter(old: Array, grad: RowSparse, rows: Array) -> Array:
+    return jnp.asarray(old).at[grad.indices].set(
+        rows.astype(old.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+
+
+def _as_array(value: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(value, Refused):
+        raise ValueError(_refusal(value.reason))
+    if isinstance(value, Rows) and value.table is None:
+        return jnp.broadcast_to(value.block, shape)
+    if isinstance(value, Rows | PerRow):
+        raise ValueError(_refusal("a shared value of its state is made of the rows of one table"))
+    return value
+
+
+def _own_counts(job: Update, row_counts: dict[str, list[Array]]) -> dict[int, dict[int, str]]:
+    """For each table, the state leaves that count its rows' steps, with their names."""
+    names = {jax.tree_util.keystr(path): i for i, path in enumerate(job.layout.paths)}
+    return {
+        k: {names[name]: name for name, rows in row_counts.items() if rows[k].size}
+        for k in job.tables
+    }

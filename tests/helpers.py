@@ -1,0 +1,77 @@
+"""What several test files need: compilations, memory, notebooks."""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_COMPILED = re.compile(r"Finished XLA compilation of (.+) in ")
+
+
+class _Names(logging.Handler):
+    """Collects the names of the functions whose compilation jax logs."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.names: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := _COMPILED.match(record.getMessage()):
+            self.names.append(found[1])
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """Collects what XLA compiles inside the block, operations outside any `jit` included.
+
+    Yields:
+      The list of names, which grows: `[]` at the end where nothing was compiled.
+    """
+    handler = _Names()
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield handler.names
+    finally:
+        logger.removeHandler(handler)
+
+
+def temp_bytes(fn: Callable, *args: Any, donate: tuple[int, ...] = ()) -> int:
+    """Scratch memory of the compiled `fn(*args)`: neither arguments nor results.
+
+    Args:
+      fn: a function, or one that is jitted already (then `donate` must be left out).
+      *args: arguments, or `jax.ShapeDtypeStruct`s in their place; nothing is run.
+      donate: positions of the arguments to donate.
+    """
+    assert not (donate and hasattr(fn, "lower")), "jitted already: donate there"
+    jitted = fn if hasattr(fn, "lower") else jax.jit(fn, donate_argnums=donate)
+    return jitted.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def executed_notebook(path: Path) -> dict[str, Any]:
+    """Runs the code cells of a notebook one after another.
+
+    Lines that start with `%` or `!` are left out: they speak to Jupyter.
+
+    Args:
+      path: the `.ipynb` file.
+
+    Returns:
+      The variables that the cells leave behind.
+    """
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    variables: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            lines = "".join(cell["source"]).splitlines()
+            kept = ("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
+            code = compile("\n".join(kept), f"{path}[cell {number}]", "exec")
+            exec(code, variables)
+    return variables

@@ -175,9 +175,7 @@ def _check_dense(ids: Array, num_segments: int | None) -> None:
         raise ValueError(message(wrote, got, "leave num_segments out"))
 
 
-def _bags_by_segment_ids(
-    n: int, segment_ids: ArrayLike, num_segments: int | None
-) -> RaggedBags:
+def _bags_by_segment_ids(n: int, segment_ids: ArrayLike, num_segments: int | None) -> RaggedBags:
     segment_ids = as_integers(segment_ids, "segment_ids", _CALL)
     if num_segments is None:
         wrote = f"{_CALL}: segment_ids need num_segments, the static number of bags."

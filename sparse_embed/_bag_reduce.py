@@ -101,9 +101,7 @@ def bags_of_offsets(offsets: Array, n: int, num_bags: int) -> tuple[RaggedBags, 
     return RaggedBags(flat_indices(slot, num_bags), num_bags), bad
 
 
-def weighted(
-    bags: Bags, rows: Array, weights: Array, absent: Array, combiner: str
-) -> Array:
+def weighted(bags: Bags, rows: Array, weights: Array, absent: Array, combiner: str) -> Array:
     """The weighted sum of each bag, divided as `combiner` says.
 
     Args:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_embed._delayed import Leaf, whole
 from sparse_embed._jaxpr import is_float
 from sparse_embed._plan import Plan, Site
 from sparse_embed._program import Program, Tables, find_tables, trace
-from sparse_embed._replay import Leaf, Taps, replay, whole
+from sparse_embed._replay import Taps, replay
 from sparse_embed._row_sparse import RowSparse, summed
 
 
@@ -36,8 +37,8 @@ def value_and_grad(
       fun: function with a scalar value, or `(value, aux)` with `has_aux`.
       argnums: which positional arguments to differentiate.
       has_aux: whether `fun` returns `(value, aux)`.
-      tables: which leaves must come back as `RowSparse`: a predicate on `(path, leaf)`, or a tree of
-        bools like the argument. For these a whole use is an error; all other leaves are dense.
+      tables: which leaves must come back as `RowSparse`: a predicate on `(path, leaf)`, or a tree
+        of bools like the argument. For these a whole use is an error; other leaves are dense.
 
     Returns:
       A function of the same arguments that returns `(value, grads)`, or `((value, aux), grads)`.
@@ -105,7 +106,14 @@ def grad(
     return grad_fun
 
 
-def _check_like_jax(fun, argnums, has_aux, program: Program, args, kwargs) -> int:
+def _check_like_jax(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    program: Program,
+    args: Any,
+    kwargs: Any,
+) -> int:
     """The number of the output to differentiate; raises what JAX raises where there is none."""
     skeleton = program.output(list(range(len(program.jaxpr.outvars))))
     value = skeleton
@@ -128,7 +136,7 @@ def _differentiate(
     """All outputs of the program, and a gradient for each leaf."""
     leaves = program.leaves
 
-    def run(dense: dict[int, Array], taps: list[Taps]):
+    def run(dense: dict[int, Array], taps: list[Taps]) -> tuple[Array, Any]:
         args = [Leaf(k, x) if k in tables else dense[k] for k, x in enumerate(leaves)]
         outs, ids = replay(plan, program.jaxpr, program.consts, args, taps)
         outs = whole(outs)

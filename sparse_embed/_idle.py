@@ -18,8 +18,10 @@ _SHAPE_ONLY = frozenset(
 
 def known(x: Any) -> Any:
     """The number that `x` is, where that can be said before the program runs; else `None`."""
-    if jnp.ndim(x) == 0 and is_concrete(x) and not jax.dtypes.issubdtype(
-        jnp.result_type(x), jax.dtypes.extended
+    if (
+        jnp.ndim(x) == 0
+        and is_concrete(x)
+        and not jax.dtypes.issubdtype(jnp.result_type(x), jax.dtypes.extended)
     ):
         return np.asarray(x)[()]
     return None

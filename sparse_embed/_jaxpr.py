@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend import source_info_util
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import JaxprEqn as JaxprEqn
+from jax.extend.core import Literal as Literal
 
 # Primitives, by name, that only call a jaxpr and can be inlined.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin"})

@@ -51,8 +51,8 @@ def state_layout(
 ) -> StateLayout:
     """Finds the row-shaped leaves of `inner`'s state by what makes them grow.
 
-    `inner.init` is evaluated by shape alone, once at the true shapes and once with each table taller
-    by a number of rows of its own. A leaf that is taller by that number holds rows of that table.
+    `inner.init` is evaluated by shape alone, once at the true shapes and once with each table
+    taller by a number of rows of its own. A leaf that is taller by that number holds its rows.
     Sizes alone would not do: `mechanize` keeps six numbers, and a table may have six rows.
 
     Args:
@@ -70,8 +70,8 @@ def state_layout(
     for k, more in growth.items():
         rows, *features = structs[k].shape
         taller[k] = jax.ShapeDtypeStruct((rows + more, *features), structs[k].dtype)
-    base = jax.eval_shape(inner.init, treedef.unflatten(structs))
-    grown = jax.tree.leaves(jax.eval_shape(inner.init, treedef.unflatten(taller)))
+    base = jax.eval_shape(inner.init, jax.tree.unflatten(treedef, structs))
+    grown = jax.tree.leaves(jax.eval_shape(inner.init, jax.tree.unflatten(treedef, taller)))
     with_paths, state_treedef = jax.tree_util.tree_flatten_with_path(base)
     table: list[int | None] = []
     for (_, leaf), other in zip(with_paths, grown, strict=True):

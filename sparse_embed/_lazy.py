@@ -9,7 +9,7 @@ from jax import Array
 
 from sparse_embed._errors import describe, message
 from sparse_embed._layout import StateLayout, check_state, state_layout
-from sparse_embed._row_sparse import RowSparse, is_row_sparse, summed
+from sparse_embed._row_sparse import is_row_sparse, summed
 from sparse_embed._update import Update, check_separable, run_update
 
 
@@ -18,8 +18,8 @@ class LazyState(NamedTuple):
 
     Attributes:
       inner_state: the inner transformation's own state, in its own layout.
-      row_counts: with `clock="row"`, for each count of the inner state that sits beside moments: its
-        path, and `[num_rows]` int32 steps for each parameter leaf; else empty.
+      row_counts: with `clock="row"`, for each count of the inner state that sits beside moments:
+        its path, and `[num_rows]` int32 steps for each parameter leaf; else empty.
     """
 
     inner_state: Any
@@ -32,9 +32,9 @@ def lazy(
     """Lifts an optax transformation, whole chain included, to row-sparse gradients.
 
     The update of a touched row is the one that `inner` computes for the whole table; rows that are
-    not listed, and their state, stay as they are. The update of a table comes back as a `RowSparse`,
-    which stock `optax.apply_updates` adds to it. Leaves with a dense gradient are updated as by
-    `inner`; which leaves are tables is known from the gradients alone.
+    not listed, and their state, stay as they are. The update of a table comes back as a
+    `RowSparse`, which stock `optax.apply_updates` adds to it. Leaves with a dense gradient are
+    updated as by `inner`; which leaves are tables is known from the gradients alone.
 
     What needs all rows is refused with its reason, but for what the touched rows determine: a sum
     over the gradient's entries, as in `clip_by_global_norm`, is exact.
@@ -97,7 +97,7 @@ def lazy(
         }
         _check_params(grads, treedef, params)
         dense = [jax.ShapeDtypeStruct(jnp.shape(g), jnp.result_type(g.dtype)) for g in grads]
-        like = treedef.unflatten(dense) if params is None else params
+        like = jax.tree.unflatten(treedef, dense) if params is None else params
         layout = state_layout(inner, like, sorted(tables))
         job = Update(inner, layout, treedef, [tables.get(k, g) for k, g in enumerate(grads)])
         leaves = check_state(layout, state.inner_state)
@@ -105,7 +105,7 @@ def lazy(
             job, leaves, params, state.row_counts, extra_args
         )
         inner_state = layout.treedef.unflatten(new_leaves)
-        return treedef.unflatten(new_updates), LazyState(inner_state, row_counts)
+        return jax.tree.unflatten(treedef, new_updates), LazyState(inner_state, row_counts)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -137,7 +137,7 @@ def _check_params(grads: list[Any], treedef: Any, params: Any) -> None:
     """Gradients and params must be trees of the same shapes."""
     if params is None:
         return
-    leaves, param_treedef = jax.tree.flatten(params)
+    with_paths, param_treedef = jax.tree_util.tree_flatten_with_path(params)
     call = "tx.update(grads, opt_state, params)"
     if treedef != param_treedef:
         raise ValueError(
@@ -147,13 +147,9 @@ def _check_params(grads: list[Any], treedef: Any, params: Any) -> None:
                 "_, grads = se.value_and_grad(loss_fn)(params, batch)",
             )
         )
-    for (path, leaf), grad in zip(
-        jax.tree_util.tree_flatten_with_path(params)[0], grads, strict=True
-    ):
+    for (path, leaf), grad in zip(with_paths, grads, strict=True):
         if jnp.shape(leaf) != grad.shape:
             name = "params" + jax.tree_util.keystr(path)
             got = f"{name} {describe(leaf)}, its gradient of shape {grad.shape}"
-            raise ValueError(
-                message(f"{call}: a gradient of another table.", got, "the gradient of these params")
-            )
-    del leaves
+            instead = "the gradient of these params"
+            raise ValueError(message(f"{call}: a gradient of another table.", got, instead))

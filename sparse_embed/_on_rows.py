@@ -1,8 +1,8 @@
 """Runs a program that was written for whole tables on some rows of them.
 
 `lazy` traces an optimizer's update once, at the true shapes of the tables, and runs its equations
-here on the touched rows. So the optimizer's own code sees the whole table's shape (a mean divides by
-all of its entries), while no operation is larger than the touched rows.
+here on the touched rows. So the optimizer's own code sees the whole table's shape (a mean divides
+by all of its entries), while no operation is larger than the touched rows.
 
 An equation may be row-wise, or it may reduce over the rows something that untouched rows are known
 to contribute a fixed number to: squares of the gradient are zero there, so a global norm is exact.
@@ -10,7 +10,6 @@ Any other equation makes its outputs `Refused`, with the reason; whoever needs o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,6 +17,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed import _jaxpr
+from sparse_embed._blocks import (
+    PerRow,
+    Refused,
+    Rows,
+    is_tall,
+    laid_out,
+    merge_kinds,
+    spread_over,
+    tables_of,
+)
 from sparse_embed._idle import idle_value, known
 from sparse_embed._jaxpr import (
     CALLS,
@@ -30,35 +39,6 @@ from sparse_embed._jaxpr import (
     transform_name,
 )
 from sparse_embed._rowwise import ELEMENTWISE, REDUCTIONS, bind_on_rows, is_row_wise
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A `[V, *features]` value of which the touched rows are known.
-
-    `idle` is the number that every entry of an untouched row is known to have, or `None`. With
-    `table` `None` all rows are alike, and `block` is the one row.
-    """
-
-    block: Array  # [n, *features]
-    table: int | None
-    idle: Any = None
-
-
-@dataclass(frozen=True)
-class PerRow:
-    """A scalar of the program that has a value of its own for each touched row."""
-
-    block: Array  # [n]
-    table: int
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A value that cannot be had from the touched rows."""
-
-    reason: str
-    tables: frozenset[int]
 
 
 class OnRows:
@@ -123,7 +103,7 @@ class OnRows:
             return self._cond(eqn, values)
         refused = [v for v in special if isinstance(v, Refused)]
         if refused:
-            tables = frozenset().union(*(r.tables for r in refused), _tables(special))
+            tables = frozenset().union(*(r.tables for r in refused), tables_of(special))
             return [Refused(refused[0].reason, tables)] * len(eqn.outvars)
         if any(isinstance(v, PerRow) for v in special):
             return self._per_row(eqn, values)
@@ -143,30 +123,32 @@ class OnRows:
 
     def _row_wise(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         tagged = [isinstance(v, Rows) for v in values]
-        tables = _tables(values)
-        if not tables and (any(map(_is_tall, values)) or not is_row_wise(eqn, tagged)):
+        tables = tables_of(values)
+        if not tables and (any(map(is_tall, values)) or not is_row_wise(eqn, tagged)):
             # The same row all over, in the company of an ordinary array.
-            return bind(eqn, [_laid_out(v, x) for v, x in zip(values, eqn.invars, strict=True)])
+            return bind(eqn, [laid_out(v, x) for v, x in zip(values, eqn.invars, strict=True)])
         if len(tables) > 1 or not is_row_wise(eqn, tagged):
             return self._refuse(eqn, tables, "needs all rows at once")
-        (table,) = tables or {None}
-        n = 1 if table is None else self.real[table].shape[0]
+        idle = idle_value(eqn, [v.idle if isinstance(v, Rows) else known(v) for v in values])
+        if not tables:
+            one_row = [v.block if isinstance(v, Rows) else v for v in values]
+            return [Rows(b, None, idle) for b in bind_on_rows(eqn, one_row, 1)]
+        (table,) = tables
+        n, height = self.real[table].shape[0], self.heights[table]
         blocks = []
         for v, x in zip(values, eqn.invars, strict=True):
-            shape = x.aval.shape
-            if isinstance(v, Rows) or (shape[:1] == (self.heights.get(table, -1),) != (1,)):
-                v = self.block(v, table, n) if table is not None else v.block
-            if isinstance(v, Refused):
+            tall = x.aval.shape[:1] == (height,) != (1,)
+            block = self.block(v, table, n) if tall or isinstance(v, Rows) else v
+            if isinstance(block, Refused):
                 return self._refuse(eqn, tables, "takes an array made for every row")
-            blocks.append(v)
-        idle = idle_value(eqn, [v.idle if isinstance(v, Rows) else known(v) for v in values])
+            blocks.append(block)
         return [Rows(b, table, idle) for b in bind_on_rows(eqn, blocks, n)]
 
     def _reduce(self, eqn: JaxprEqn, x: Rows) -> list[Any]:
-        name, tables = eqn.primitive.name, _tables([x])
+        name, tables = eqn.primitive.name, tables_of([x])
         summing = name in ("reduce_sum", "reduce_xor")
         if x.table is None:
-            return bind(eqn, [_laid_out(x, eqn.invars[0])])
+            return bind(eqn, [laid_out(x, eqn.invars[0])])
         if x.idle is None or (summing and x.idle != 0) or name == "reduce_prod":
             why = "adds up" if summing else "compares"
             return self._refuse(eqn, tables, f"{why} all rows, the untouched ones too")
@@ -180,11 +162,11 @@ class OnRows:
 
     def _per_row(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         """Equations on per-row scalars: each is spread over the features it meets."""
-        tables = _tables(values)
+        tables = tables_of(values)
         name, ndim = eqn.primitive.name, len(eqn.outvars[0].aval.shape)
         table = min(tables)
         n = self.real[table].shape[0]
-        spread = [_spread(v, ndim) if isinstance(v, PerRow) else v for v in values]
+        spread = [spread_over(v, ndim) if isinstance(v, PerRow) else v for v in values]
         if name == "broadcast_in_dim" and eqn.params["shape"][0] == self.heights[table]:
             block = jnp.broadcast_to(spread[0], (n, *eqn.params["shape"][1:]))
             return [Rows(block, table)]
@@ -202,14 +184,14 @@ class OnRows:
     def _cond(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         index, *operands = values
         if isinstance(index, Rows | PerRow | Refused):
-            return self._refuse(eqn, _tables([index]), "branches on a value of some rows")
+            return self._refuse(eqn, tables_of([index]), "branches on a value of some rows")
         kinds: list[list[Any]] = []
         bodies = [open_jaxpr(b) for b in eqn.params["branches"]]
         for body, consts in bodies:  # a dry run, to see what kind of value each output is
             outs: list[Any] = []
             jax.eval_shape(lambda: outs.extend(self.run(body, consts, operands)))  # noqa: B023
             kinds.append(outs)
-        merged = [_merge(*outs) for outs in zip(*kinds, strict=True)]
+        merged = [merge_kinds(*outs) for outs in zip(*kinds, strict=True)]
         arrays = [i for i, m in enumerate(merged) if not isinstance(m, Refused)]
         shapes = [v.aval.shape for v in eqn.outvars]
 
@@ -249,38 +231,5 @@ _COMBINE: dict[str, Callable[[Any, Any], Array]] = {
 }
 
 
-def _tables(values: Sequence[Any]) -> frozenset[int]:
-    tagged = [v.table for v in values if isinstance(v, Rows | PerRow) and v.table is not None]
-    return frozenset(tagged)
-
-
-def _is_tall(value: Any) -> bool:
-    return not isinstance(value, Rows) and jnp.ndim(value) > 0 and jnp.shape(value)[0] > 1
-
-
-def _laid_out(value: Any, var: Any) -> Any:
-    return jnp.broadcast_to(value.block, var.aval.shape) if isinstance(value, Rows) else value
-
-
-def _spread(value: PerRow, ndim: int) -> Array:
-    return value.block.reshape(-1, *(1,) * max(ndim - 1, 0))
-
-
 def _full(value: Any, n: int) -> Array:
     return jnp.broadcast_to(value, (n,))
-
-
-def _merge(*outs: Any) -> Any:
-    """What an output of a `cond` is, when its branches give these."""
-    refused = [v for v in outs if isinstance(v, Refused | PerRow)]
-    if refused:
-        reason = getattr(refused[0], "reason", "a cond gives a count of its own to each row")
-        tables = frozenset().union(*(getattr(r, "tables", {0}) for r in refused))
-        return Refused(reason, tables)
-    rows = [v for v in outs if isinstance(v, Rows)]
-    table = next((v.table for v in rows if v.table is not None), None)
-    if table is None and len(rows) < len(outs):
-        return None  # an ordinary array
-    alike = all(isinstance(v, Rows) and v.idle is not None for v in outs)
-    idle = rows[0].idle if alike and all(v.idle == rows[0].idle for v in rows) else None
-    return Rows(rows[0].block, table, idle)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from sparse_embed._jaxpr import JaxprEqn, manual_axes
 from sparse_embed._reads import RowRead
 
 _NONE: frozenset[int] = frozenset()
@@ -83,3 +84,11 @@ class WholeUse(NamedTuple):
     leaf: int
     primitive: str
     line: str
+
+
+def site_axes(eqn: JaxprEqn, site: Site) -> tuple[str, ...]:
+    """The axes of a `shard_map` along which the ids of a site inside are laid out."""
+    manual = manual_axes(eqn)
+    if not eqn.params.get("check_vma", False):
+        return manual
+    return tuple(a for a in manual if a in site.axes)

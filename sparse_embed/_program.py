@@ -66,7 +66,7 @@ def trace(
     kept: dict[str, Any] = {}
 
     def flat(*leaves: Any) -> list[Any]:
-        new = treedef.unflatten(leaves)
+        new = jax.tree.unflatten(treedef, leaves)
         full = list(args)
         for n, arg in zip(numbers, new if several else (new,), strict=True):
             full[n] = arg
@@ -130,7 +130,7 @@ def find_tables(program: Program, tables: Tables, live: Sequence[bool]) -> tuple
             _report(program, walk, strict=named is not None)
         kept = found - {use.leaf for use in walk.whole_uses}
         if named is None:  # constant slices are no lookups
-            kept &= walk.looked_up
+            kept &= walk.looked_up.keys()
         if kept == found:
             return found, plan
         found, first = kept, False

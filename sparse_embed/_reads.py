@@ -44,15 +44,15 @@ class RowRead(NamedTuple):
     def num_rows(self) -> int:
         return self.eqn.invars[0].aval.shape[0]
 
-    def ids(self, operands: Sequence[Array]) -> Ids:
-        """Computes the ids from the equation's operands (the table is not looked at)."""
+    def ids(self, starts: Sequence[Array]) -> Ids:
+        """Computes the ids from the equation's operands behind the table."""
         num_rows, params = self.num_rows, self.eqn.params
         if self.static:
             stride = 1 if params["strides"] is None else params["strides"][0]
             ids = params["start_indices"][0] + stride * jnp.arange(self.run, dtype=jnp.int32)
             return Ids(ids, ids, ids, ids)
         gather = self.eqn.primitive.name == "gather"
-        start = operands[1][..., self.column] if gather else jnp.asarray(operands[1])
+        start = starts[0][..., self.column] if gather else jnp.asarray(starts[0])
         if jnp.iinfo(start.dtype).max < num_rows:
             start = start.astype(jnp.int32)
         last = num_rows - (self.run or 1)

@@ -8,9 +8,7 @@ from sparse_embed._ids import as_integers, as_table
 from sparse_embed._segments import flat_indices, gather_rows, sum_dtype
 
 
-def renorm(
-    table: ArrayLike, ids: ArrayLike, max_norm: float, norm_type: float = 2.0
-) -> Array:
+def renorm(table: ArrayLike, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Array:
     """The table with the rows that `ids` name scaled down to norm `max_norm`.
 
     `row * max_norm / (norm(row) + 1e-7)` where `norm(row) > max_norm`, once however often
@@ -44,7 +42,7 @@ def renorm(
     call = "se.renorm(table, ids, max_norm)"
     table = as_table(table, call)
     indices = flat_indices(as_integers(ids, "ids", call).reshape(-1), table.shape[0])
-    if table.size == 0:
+    if table.size == 0 or indices.size == 0:
         return table
     rows = gather_rows(table, indices)  # [n, *features]
     wide = rows.astype(sum_dtype(rows.dtype)).reshape(indices.size, -1)

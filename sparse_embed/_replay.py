@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from sparse_embed._delayed import Delayed, whole
 from sparse_embed._jaxpr import (
     JaxprEqn,
     Literal,
@@ -22,63 +23,15 @@ from sparse_embed._jaxpr import (
     open_jaxpr,
     scan_split,
 )
-from sparse_embed._plan import Plan, Site, Step
-from sparse_embed._rowwise import bind_on_rows
-from sparse_embed._walk import site_axes
+from sparse_embed._plan import Plan, Site, Step, site_axes
 
+Outs = tuple[list[Any], list[Array]]  # outputs, and the ids of the sites
 Taps = tuple[Array, ...]  # one tap `[*site.shape, *features]` for each leaf of a site
-
-
-class Delayed:
-    """A table-shaped value, kept as the row-wise operations that make it."""
-
-    def __init__(self, eqn: JaxprEqn, operands: list[Any], out: int):
-        self.eqn, self.operands, self.out = eqn, operands, out
-
-    def whole(self) -> Array:
-        return bind(self.eqn, whole(self.operands))[self.out]
-
-    def rows(self, ids: Array, taps: dict[int, Array], memo: dict[int, Array]) -> Array:
-        """Its rows at in-range `ids` `[n]`, with the taps of its leaves added."""
-        if id(self) not in memo:
-            height = self.eqn.outvars[self.out].aval.shape[0]
-            blocks = [_rows(x, height, ids, taps, memo) for x in self.operands]
-            memo[id(self)] = bind_on_rows(self.eqn, blocks, ids.shape[0])[self.out]
-        return memo[id(self)]
-
-
-class Leaf(Delayed):
-    """A parameter leaf, where every chain of delayed operations ends."""
-
-    def __init__(self, number: int, table: Array):
-        self.number, self.table = number, table
-
-    def whole(self) -> Array:
-        return self.table
-
-    def rows(self, ids: Array, taps: dict[int, Array], memo: dict[int, Array]) -> Array:
-        if id(self.number) not in memo:
-            rows = self.table.at[ids].get(mode="promise_in_bounds")
-            tap = taps.get(self.number)
-            memo[id(self.number)] = rows if tap is None else rows + tap
-        return memo[id(self.number)]
-
-
-def _rows(x: Any, height: int, ids: Array, taps: dict, memo: dict) -> Any:
-    if isinstance(x, Delayed):
-        return x.rows(ids, taps, memo)
-    tall = jnp.ndim(x) and jnp.shape(x)[0] == height and height > 1
-    return jnp.asarray(x).at[ids].get(mode="promise_in_bounds") if tall else x
-
-
-def whole(values: Sequence[Any]) -> list[Any]:
-    """`values` with the delayed ones computed."""
-    return [v.whole() if isinstance(v, Delayed) else v for v in values]
 
 
 def replay(
     plan: Plan, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], taps: Sequence[Taps]
-) -> tuple[list[Any], list[Array]]:
+) -> Outs:
     """Runs a planned jaxpr.
 
     Args:
@@ -108,11 +61,11 @@ def replay(
     return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars], ids
 
 
-def _row_op(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _row_op(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     return [Delayed(eqn, values, i) for i in range(len(eqn.outvars))], []
 
 
-def _same_rows(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _same_rows(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     plain = [i for i, v in enumerate(values) if not isinstance(v, Delayed)]
     if plain:
         for i, v in zip(plain, bind(eqn, [values[i] for i in plain]), strict=True):
@@ -120,12 +73,12 @@ def _same_rows(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
     return values, []
 
 
-def _read(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _read(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     table, *starts = values
     if not isinstance(table, Delayed):  # an ordinary array, read at ids made of a table
         return bind(eqn, whole(values)), []
     assert step.read is not None
-    ids = step.read.ids([None, *whole(starts)])
+    ids = step.read.ids(whole(starts))
     flat = ids.safe.reshape(-1)
     named = {}
     for site, tap in zip(step.sites, taps, strict=True):
@@ -138,12 +91,12 @@ def _read(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
     return [out], [getattr(ids, site.lists) for site in step.sites]
 
 
-def _call(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _call(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     jaxpr, consts = called_jaxpr(eqn)
     return replay(step.plans[0], jaxpr, consts, values, taps)
 
 
-def _checkpoint(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _checkpoint(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     jaxpr, consts = called_jaxpr(eqn)
     merge, plain = _split(values, [isinstance(v, Delayed) for v in values])
 
@@ -155,11 +108,11 @@ def _checkpoint(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
     return jax.checkpoint(run, **options)(plain, taps)
 
 
-def _cond(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _cond(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     index, *operands = values
     merge, plain = _split(operands, [isinstance(v, Delayed) for v in operands])
 
-    def branch(number: int):
+    def branch(number: int) -> Callable[..., Any]:
         jaxpr, consts = open_jaxpr(eqn.params["branches"][number])
         before = sum(len(p.sites) for p in step.plans[:number])
         mine = range(before, before + len(step.plans[number].sites))
@@ -183,7 +136,7 @@ def _nothing(site: Site) -> Array:
     return jnp.full(site.shape, 0 if site.lists == "asked" else site.read.num_rows, jnp.int32)
 
 
-def _scan(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _scan(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     consts, carry = scan_split(eqn) or (0, 0)
     jaxpr, jaxpr_consts = open_jaxpr(eqn.params["jaxpr"])
     values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
@@ -202,7 +155,7 @@ def _scan(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
     return [*merge(last), *ys], ids
 
 
-def _while(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _while(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
     first = in_cond + in_body
@@ -223,7 +176,7 @@ def _while(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
     return merge(jax.lax.while_loop(going, round_, changing)), []
 
 
-def _shard_map(eqn: JaxprEqn, step: Step, values: list, taps: Sequence[Taps]):
+def _shard_map(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     p, (jaxpr, consts) = eqn.params, called_jaxpr(eqn)
     values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
     merge, plain = _split(values, step.keep)
@@ -267,7 +220,7 @@ def _split(
     return merge, rest
 
 
-_STEPS: dict[str, Callable[..., tuple[list[Any], list[Array]]]] = {
+_STEPS: dict[str, Callable[..., Outs]] = {
     "row_op": _row_op,
     "same_rows": _same_rows,
     "read": _read,

@@ -17,6 +17,7 @@ from sparse_embed._segments import (
     gather_rows,
     nan_where,
     segment_sum,
+    set_rows,
 )
 
 # A leaf that travels with the indices. Whatever a tree-mapped transform does to the indices it
@@ -106,10 +107,10 @@ class RowSparse:
         return tuple(zip(keys, leaves, strict=True)), (self.shape, self.coalesced)
 
     @classmethod
-    def tree_unflatten(cls, aux: tuple[tuple[int, ...], bool], children: tuple[Any, ...]) -> RowSparse:
+    def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> RowSparse:
         # No checks here: jax unflattens with placeholders of every kind.
         indices, rows, seal = children
-        return cls.__new__(cls)._fill(indices, rows, *aux, seal)
+        return cls.__new__(cls)._fill(indices, rows, aux[0], aux[1], seal)
 
     @property
     def num_rows(self) -> int:
@@ -143,9 +144,7 @@ class RowSparse:
         grad = summed(self, "table + row_sparse")
         # The sum is rounded once to the table's dtype, as in `table + dense`.
         new = gather_rows(table, grad.indices) + grad.rows
-        return table.at[grad.indices].set(
-            new.astype(table.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
-        )
+        return set_rows(table, grad.indices, new)
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, RowSparse):

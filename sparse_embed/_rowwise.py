@@ -104,7 +104,7 @@ def bind_on_rows(eqn: JaxprEqn, blocks: Sequence[Any], n: int) -> list[Array]:
     Returns:
       Its outputs, `[n, *features]` each.
     """
-    changes: dict[str, Any] = {k: None for k in ("sharding", "out_sharding") if eqn.params.get(k) is not None}
+    changes: dict[str, Any] = {k: None for k in ("sharding", "out_sharding") if k in eqn.params}
     for key in ("new_sizes", "shape", "limit_indices"):
         if key in eqn.params:
             changes[key] = (n, *eqn.params[key][1:])

@@ -75,9 +75,9 @@ def distinct(indices: Array, num_rows: int, size: int) -> Slots:
         return Slots(indices, padding(count, size, num_rows, indices.dtype), count)
     order = jnp.argsort(indices, stable=True)  # [n]
     ascending = indices[order]
-    starts = jnp.concatenate(
-        [jnp.ones(1, bool), ascending[1:] != ascending[:-1]]
-    ) & (ascending < num_rows)
+    starts = jnp.concatenate([jnp.ones(1, bool), ascending[1:] != ascending[:-1]]) & (
+        ascending < num_rows
+    )
     slot_sorted = jnp.where(
         ascending < num_rows, jnp.cumsum(starts, dtype=jnp.int32) - 1, max(n, size)
     )
@@ -110,8 +110,12 @@ def gather_rows(table: Array, indices: Array, fill: float | None = 0) -> Array:
     return table.at[indices].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
 
+def set_rows(table: Array, indices: Array, rows: Array) -> Array:
+    """`table` with `rows` at the ascending, distinct `indices` of a coalesced gradient."""
+    rows = rows.astype(table.dtype)
+    return table.at[indices].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+
 def nan_where(bad: Array, rows: Array) -> Array:
     """`rows`, or all NaN where the scalar `bad` holds: a fault that no later step can miss."""
-    return jax.lax.select(
-        jnp.broadcast_to(bad, rows.shape), jnp.full_like(rows, jnp.nan), rows
-    )
+    return jax.lax.select(jnp.broadcast_to(bad, rows.shape), jnp.full_like(rows, jnp.nan), rows)

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import checkify
 
+from sparse_embed._delayed import Leaf
 from sparse_embed._errors import describe, message
 from sparse_embed._plan import Plan, Site
 from sparse_embed._program import Program, trace
-from sparse_embed._replay import Leaf, replay
+from sparse_embed._replay import replay
 from sparse_embed._segments import PADDED, distinct, flat_indices
 from sparse_embed._walk import Walk
 
@@ -118,7 +118,7 @@ def _reads(
                 )
             )
         returned = frozenset().union(*(t.read for t in plan.out_tags))
-        kept = found & walk.looked_up - {u.leaf for u in walk.whole_uses} - returned
+        kept = found & walk.looked_up.keys() - {u.leaf for u in walk.whole_uses} - returned
         if kept == found:
             break
         found = kept

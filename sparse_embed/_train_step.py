@@ -1,6 +1,5 @@
 """`train_step`: the usual training step, jitted and donated."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,8 +70,8 @@ def train_step(
             )
         )
     several = not isinstance(argnums, int)
-    numbers = [operator.index(n) for n in argnums] if several else [operator.index(argnums)]
-    gradient = value_and_grad(loss_fn, tuple(numbers) if several else argnums, has_aux)
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    gradient = value_and_grad(loss_fn, argnums, has_aux)
 
     def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
         value, grads = gradient(*_merge(numbers, params if several else (params,), args))
@@ -95,8 +94,8 @@ def _update(tx: optax.GradientTransformation, grads: Any, opt_state: Any, params
         return tx.update(grads, opt_state, params)
     except (TypeError, ValueError) as error:
         error.add_note(
-            "In se.train_step(loss_fn, tx): a stock optax transformation cannot take the row-sparse "
-            "gradients of a table.\n  write: tx = se.lazy(optax.chain(...)) around the whole chain"
+            "In se.train_step(loss_fn, tx): a stock optax transformation cannot take the gradients "
+            "of a table.\n  write: tx = se.lazy(optax.chain(...)) around the whole chain"
         )
         raise
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sparse_embed._blocks import PerRow, Refused, Rows
 from sparse_embed._errors import message
 from sparse_embed._jaxpr import as_jaxpr
 from sparse_embed._layout import ELSEWHERE, StateLayout
-from sparse_embed._on_rows import OnRows, PerRow, Refused, Rows
+from sparse_embed._on_rows import OnRows
 from sparse_embed._row_sparse import RowSparse
-from sparse_embed._segments import gather_rows
+from sparse_embed._segments import gather_rows, set_rows
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def run_update(
       ValueError: `inner` needs what the touched rows do not determine.
     """
     param_leaves = None if params is None else jax.tree.leaves(params)
-    program, engine = _trace(job, state, param_leaves, extra)
+    program, trees = _trace(job, state, param_leaves, extra)
+    engine = _engine(job, program, trees, state, param_leaves)
     args = _args(job, engine, state, param_leaves)
     outs = engine.run(*program, args)
     updates, new_state = outs[: len(job.grads)], outs[len(job.grads) :]
@@ -71,10 +73,10 @@ def run_update(
             for i, name in own[k].items():
                 count = outs[len(job.grads) + i]
                 rows = count.block if isinstance(count, PerRow) else count
-                new_counts[name][k] = _scatter(row_counts[name][k], grad, rows)
+                new_counts[name][k] = set_rows(row_counts[name][k], grad.indices, rows)
     return (
         [_as_update(job, engine, k, u) for k, u in enumerate(updates)],
-        [_as_state(job, engine, i, old, new) for i, (old, new) in enumerate(zip(state, new_state))],
+        [_as_state(job, engine, i, *x) for i, x in enumerate(zip(state, new_state, strict=True))],
         new_counts,
     )
 
@@ -107,11 +109,12 @@ def check_separable(
     def attempt(state: list[Any], params: list[Any]) -> None:
         for extra in ({}, {"value": jnp.float32(0)}):
             try:
-                program, engine = _trace(job, state, params, extra)
-            except TypeError:  # it asks for arguments that only the loop has
+                program, trees = _trace(job, state, params, extra)
+            except (TypeError, ValueError):  # it asks for arguments that only the loop has
                 continue
+            engine = _engine(job, program, trees, state, params)
             outs = engine.run(*program, _args(job, engine, state, params))
-            for i, out in enumerate(outs):
+            for out in outs:
                 if isinstance(out, Refused):
                     refused.update(dict.fromkeys(out.tables, out.reason))
             return
@@ -133,7 +136,8 @@ def _refusal(reason: str) -> str:
 
 
 def _trace(job: Update, state: list[Any], params: list[Any] | None, extra: dict) -> Any:
-    """The program of one update, `(jaxpr, consts)`, and the engine to run it."""
+    """The program of one update, `(jaxpr, consts)`, and the trees of what it returns."""
+    trees: list[Any] = []
     structs = [jax.ShapeDtypeStruct(g.shape, g.dtype) for g in job.grads]
 
     def update(grads: list[Any], state: list[Any], params: list[Any] | None) -> list[Any]:
@@ -143,17 +147,29 @@ def _trace(job: Update, state: list[Any], params: list[Any] | None, extra: dict)
             None if params is None else job.treedef.unflatten(params),
             **extra,
         )
+        trees[:] = jax.tree.structure(updates), jax.tree.structure(new_state)
         return [*jax.tree.leaves(updates), *jax.tree.leaves(new_state)]
 
-    program = as_jaxpr(update, structs, state, params)
+    return as_jaxpr(update, structs, state, params), trees
+
+
+def _engine(
+    job: Update, program: Any, trees: list[Any], state: list[Any], params: list[Any] | None
+) -> OnRows:
+    """What runs the program on the touched rows; its results must be the trees that went in."""
+    for name, tree, same in [
+        ("updates", trees[0], job.treedef),
+        ("state", trees[1], job.layout.treedef),
+    ]:
+        if tree != same:
+            raise ValueError(_refusal(f"its update turns the {name} into another tree, {tree}"))
     tables = job.tables
-    engine = OnRows(
+    return OnRows(
         {k: g.num_rows for k, g in tables.items()},
         {k: g.indices < g.num_rows for k, g in tables.items()},
         [*program[1], *state, *(params or [])],
         lambda k, x: gather_rows(x, tables[k].indices),
     )
-    return program, engine
 
 
 def _args(job: Update, engine: OnRows, state: list[Any], params: list[Any] | None) -> list[Any]:
@@ -166,10 +182,7 @@ def _args(job: Update, engine: OnRows, state: list[Any], params: list[Any] | Non
             return Refused(reason, frozenset(tables))
         return x if table not in tables else Rows(engine.gather(table, x), table)
 
-    zero = {k: jnp.zeros((), g.dtype)[()] for k, g in tables.items()}
-    grads = [
-        Rows(g.rows, k, 0) if k in zero else g for k, g in enumerate(job.grads)
-    ]
+    grads = [Rows(g.rows, k, 0) if k in tables else g for k, g in enumerate(job.grads)]
     held = [rows(x, table) for x, table in zip(state, job.layout.table, strict=True)]
     values = [rows(x, k) for k, x in enumerate(params or [])]
     return [*grads, *held, *values]
@@ -196,13 +209,7 @@ def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
     rows = engine.block(new, table, grad.rows.shape[0])
     if isinstance(rows, Refused):
         raise ValueError(_refusal(rows.reason))
-    return _scatter(old, grad, rows)
-
-
-def _scatter(old: Array, grad: RowSparse, rows: Array) -> Array:
-    return jnp.asarray(old).at[grad.indices].set(
-        rows.astype(old.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
-    )
+    return set_rows(jnp.asarray(old), grad.indices, rows)
 
 
 def _as_array(value: Any, shape: tuple[int, ...]) -> Any:

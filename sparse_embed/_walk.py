@@ -7,6 +7,7 @@ need a dense gradient.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from sparse_embed._jaxpr import (
     varying_axes,
 )
 from sparse_embed._live import live_carry, live_vars
-from sparse_embed._plan import Plan, Site, Step, Tag, WholeUse, join
+from sparse_embed._plan import Plan, Site, Step, Tag, WholeUse, join, site_axes
 from sparse_embed._reads import RowRead, row_read
 from sparse_embed._rowwise import is_row_wise
 
@@ -44,8 +45,8 @@ class Walk:
 
     Attributes:
       whole_uses: the whole uses, in program order.
-      read: leaves that are read by row.
-      looked_up: leaves that are read by row at ids, be it behind a whole use: tables.
+      looked_up: the leaves that are read by row at ids, be it behind a whole use, with the number
+        of ids: tables.
       in_while: leaves whose rows are read inside a `while_loop`, which no ids can leave.
     """
 
@@ -53,8 +54,7 @@ class Walk:
         self.lists = lists
         self.list_all = lists != "listed"
         self.whole_uses: list[WholeUse] = []
-        self.read: set[int] = set()
-        self.looked_up: set[int] = set()
+        self.looked_up: Counter[int] = Counter()
         self.in_while: set[int] = set()
         self._loops = 0
         self._calls: list[str] = []
@@ -107,9 +107,9 @@ class Walk:
         step, tag = Step("read", read=read), tags[0]
         if self.list_all and len(tags) > 1:  # ids made of a whole table
             self._note(eqn.primitive.name, eqn, join(tags[1:]).read)
-        self.read |= tag.read
         if not read.static:
-            self.looked_up |= tag.read | tag.hidden
+            for k in tag.read | tag.hidden:
+                self.looked_up[k] += math.prod(read.lead)
         leaves = tag.read if self.list_all else tag.live if live else frozenset()
         if self._loops and leaves:
             self.in_while |= leaves
@@ -131,7 +131,7 @@ class Walk:
             probe = Walk()
             body = called_jaxpr(eqn)[0]
             probe.plan(body, [Tag(hidden=t.hidden | t.read) for t in tags], live)
-            self.looked_up |= probe.looked_up
+            self.looked_up += probe.looked_up
         return None, [_behind(eqn, tags, hidden, v) for v in eqn.outvars]
 
     def _note(self, name: str, eqn: JaxprEqn, leaves: frozenset[int]) -> None:
@@ -158,6 +158,7 @@ class Walk:
         consts, carry = split
         body, _ = open_jaxpr(eqn.params["jaxpr"])
         keep, inner = self._keep(eqn, tags, live, _constant(body, tags, consts, carry))
+        inner[consts + carry :] = [Tag()] * (len(tags) - consts - carry)  # a row at a time
         plan = self.plan(body, inner, live_carry(body, consts, carry, live))
         sites = [s.under(eqn.params["length"], s.axes) for s in plan.sites]
         step = Step("scan", (plan,), sites, keep)
@@ -193,7 +194,7 @@ class Walk:
     ) -> tuple[tuple[bool, ...], list[Tag]]:
         """Which operands stay delayed inside, and the tags there; the others are used whole."""
         keep = tuple(bool(t.read) and c for t, c in zip(tags, can, strict=True))
-        inner = [t if k else Tag(hidden=t.hidden) for t, k in zip(tags, keep, strict=True)]
+        inner = [t if k else Tag(hidden=t.hidden | t.read) for t, k in zip(tags, keep, strict=True)]
         lost = join([Tag(), *(t for t, k in zip(tags, keep, strict=True) if not k)])
         if any(live):
             self._note(eqn.primitive.name, eqn, lost.read if self.list_all else lost.live)
@@ -225,14 +226,6 @@ _ENTER: dict[str, Callable[[Walk, JaxprEqn, list[Tag], list[bool]], Found]] = {
 }
 
 
-def site_axes(eqn: JaxprEqn, site: Site) -> tuple[str, ...]:
-    """The axes of a `shard_map` along which the ids of a site inside are laid out."""
-    manual = manual_axes(eqn)
-    if not eqn.params.get("check_vma", False):
-        return manual
-    return tuple(a for a in manual if a in site.axes)
-
-
 def _tag(env: dict[Any, Tag], v: Any) -> Tag:
     return Tag() if isinstance(v, _jaxpr.Literal) else env.get(v, Tag())
 
@@ -246,7 +239,7 @@ def _through(eqn: JaxprEqn, tags: Sequence[Tag], out: Any) -> Tag:
 
 def _behind(eqn: JaxprEqn, tags: Sequence[Tag], hidden: frozenset[int], out: Any) -> Tag:
     """The tag behind a whole use: still table-like while its rows keep their width."""
-    widths = {v.aval.shape[1:] for v, t in zip(eqn.invars, tags) if t.read or t.hidden}
+    widths = {v.aval.shape[1:] for v, t in zip(eqn.invars, tags, strict=True) if t.read or t.hidden}
     same = getattr(out.aval, "ndim", 0) and out.aval.shape[1:] in widths
     return Tag(hidden=hidden) if same and eqn.primitive.name not in _CONTRACTIONS else Tag()
 

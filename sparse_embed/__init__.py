@@ -16,5 +16,4 @@ from sparse_embed._report import AuditReport as AuditReport
 from sparse_embed._row_sparse import RowSparse as RowSparse
 from sparse_embed._touched import check_ids as check_ids
 from sparse_embed._touched import touched as touched
-from sparse_embed._train_step import TrainStep as TrainStep
 from sparse_embed._train_step import train_step as train_step

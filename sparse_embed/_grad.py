@@ -151,7 +151,7 @@ def _differentiate(
     for k in tables:
         grads[k] = _row_sparse(leaves[k], k, plan.sites, ids, tap_grads)
     if tables:
-        outs, grads = _tie(outs, grads)
+        _tie(outs, grads)
     return outs, [grads[k] for k in range(len(leaves))]
 
 
@@ -176,18 +176,20 @@ def _row_sparse(
     return summed(RowSparse._make(*joined, table.shape, False), "se.grad")
 
 
-def _tie(outs: list[Array], grads: dict[int, Any]) -> tuple[list[Array], dict[int, Any]]:
-    """Ties all outputs to the gradients.
+def _tie(outs: list[Array], grads: dict[int, Any]) -> None:
+    """Makes the indices of all row-sparse gradients wait for every output.
 
-    XLA updates a table in place only if every read of the old table comes before the write. A
-    read that only feeds the value or aux is made to come first by this barrier.
+    XLA updates a table in place only if each read of the old table comes before the write, by data
+    dependence. A read that only feeds the value or aux is made to come first by adding, to the
+    indices, a zero made of that output: no number is both above one and below zero. (An
+    `optimization_barrier` says the same, but jaxlib 0.10.2 drops it too early on CPU.)
     """
-    plain = [i for i, x in enumerate(outs) if isinstance(x, Array) and x.dtype.kind in "fiubc"]
-    rows = {k: g.rows for k, g in grads.items() if isinstance(g, RowSparse)}
-    tied, rows = jax.lax.optimization_barrier(([outs[i] for i in plain], rows))
-    for i, x in zip(plain, tied, strict=True):
-        outs[i] = x
-    for k, r in rows.items():
-        g = grads[k]
-        grads[k] = RowSparse._make(g.indices, r, g.shape, True)
-    return outs, grads
+    never = jnp.zeros((), bool)
+    for x in outs:
+        if x.size and x.dtype.kind in "fiubc":
+            number = jnp.real(x.reshape(-1)[0]).astype(jnp.float32)
+            never |= (number > 1) & (number < 0)
+    for k, g in grads.items():
+        if isinstance(g, RowSparse):
+            indices = g.indices + never.astype(g.indices.dtype)
+            grads[k] = RowSparse._make(indices, g.rows, g.shape, True)

@@ -16,7 +16,7 @@ from sparse_embed._update import Update, check_separable, run_update
 class LazyState(NamedTuple):
     """State of `lazy`.
 
-    Attributes:
+    Args:
       inner_state: the inner transformation's own state, in its own layout.
       row_counts: with `clock="row"`, for each count of the inner state that sits beside moments:
         its path, and `[num_rows]` int32 steps for each parameter leaf; else empty.

@@ -44,6 +44,11 @@ class AuditReport:
       operations: the operations that make another one.
       temp_bytes: XLA's temporary memory for one step.
       skipped: tables with no more rows than a step looks up, which cannot be told from its rows.
+
+    Example:
+      >>> import sparse_embed as se
+      >>> print(se.AuditReport([], [], 96, []))
+      row-sparse: yes; temporaries 96 bytes
     """
 
     arrays: list[ArrayReport]

@@ -11,7 +11,7 @@ from sparse_embed._grad import value_and_grad
 
 
 class TrainStep:
-    """A compiled training step; call it, or give it to `se.audit`."""
+    """A compiled training step: call it as `step(params, opt_state, *args)`, or audit it."""
 
     def __init__(self, step: Callable[..., Any]):
         self._step = jax.jit(step, donate_argnums=(0, 1))

@@ -32,7 +32,6 @@ IDS_CASES = {
 OPTIONS = {
     "plain": {},
     "clip": {"mode": "clip"},
-    "padding": {"padding_idx": 2},
     "negative padding": {"padding_idx": -1},
     "frequency": {"scale_grad_by_freq": True},
     "padding, frequency": {"padding_idx": -5, "scale_grad_by_freq": True},
@@ -73,12 +72,21 @@ def reference(table, ids, cotangent, padding_idx=None, scale_grad_by_freq=False,
     return rows.reshape(cotangent.shape), grad
 
 
-@pytest.mark.parametrize("case", IDS_CASES)
+def no_jit(fn):
+    return fn
+
+
+@pytest.mark.parametrize(
+    "case, maybe_jit",
+    [
+        # An argument of `jit` loses the high bits of int64 before anyone can look at it.
+        *((case, jax.jit) for case in IDS_CASES if case != "int64"),
+        *((case, no_jit) for case in ("repeats", "scalar", "out of range", "int64")),
+    ],
+)
 def test_rows_and_gradient_are_those_of_the_loop(case, maybe_jit):
     table, ids = table_of(), IDS_CASES[case]
     cotangent = cotangent_of(ids)
-    if ids.dtype.itemsize == 8 and maybe_jit is jax.jit:
-        ids = np.clip(ids, -(2**31), 2**31 - 1)  # `jit` itself keeps the low 32 bits
 
     def run(table, ids, kwargs):
         rows, vjp = jax.vjp(lambda table: se.lookup(table, ids, **kwargs), table)
@@ -93,7 +101,7 @@ def test_rows_and_gradient_are_those_of_the_loop(case, maybe_jit):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", ["plain", "padding, frequency, clip"])
 def test_narrow_tables(option, dtype):
     table, kwargs = table_of(dtype), OPTIONS[option]
     ids = np.array([3, 5, 3, 6, 2, 9, -1, 6])
@@ -222,19 +230,20 @@ def test_frequency_counts_beyond_what_bfloat16_can(dtype):
     assert set(np.ravel(tangents)) == {np.asarray(1 / 257, dtype)[()]}
 
 
-def test_vmap_over_ids_over_tables_and_in_a_scan(maybe_jit):
+def test_vmap_over_ids_over_tables_and_in_a_scan():
     ids = jnp.array([[3, 5, 3], [6, 2, 9]])
     tables = jnp.stack([table_of(), -2 * table_of()])
     read = functools.partial(se.lookup, padding_idx=2, scale_grad_by_freq=True)
 
+    @jax.jit
     def grads(table, ids):
         return jax.grad(lambda table: jnp.nansum(read(table, ids) ** 2))(table)
 
     one_by_one = [grads(t, i) for t, i in zip(tables, ids, strict=True)]
-    np.testing.assert_allclose(maybe_jit(jax.vmap(grads))(tables, ids), one_by_one)
-    _, scanned = maybe_jit(lambda: jax.lax.scan(lambda c, x: (c, grads(*x)), 0, (tables, ids)))()
+    np.testing.assert_allclose(jax.vmap(grads)(tables, ids), one_by_one)
+    _, scanned = jax.lax.scan(lambda c, x: (c, grads(*x)), 0, (tables, ids))
     np.testing.assert_allclose(scanned, one_by_one)
-    rows = maybe_jit(jax.vmap(read, in_axes=(None, 0)))(tables[0], ids)
+    rows = jax.jit(jax.vmap(read, in_axes=(None, 0)))(tables[0], ids)
     expected = [reference(tables[0], i, cotangent_of(i))[0] for i in ids]
     np.testing.assert_array_equal(rows, expected)
 

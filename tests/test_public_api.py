@@ -153,12 +153,13 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 
 # A module imports only from lower levels. `__init__` of the package stands above them all.
 LEVELS = [
-    {"_errors", "_segments", "_jaxpr"},
-    {"_row_sparse", "_rowwise"},
-    {"_coalesce", "_lookup", "_bag", "_renorm", "_walk", "_on_rows"},
-    {"_taps", "_lazy"},
-    {"_grad", "_norms"},
-    {"_train_step", "_audit"},
+    {"_errors", "_segments", "_jaxpr", "_blocks", "_hlo", "_report"},
+    {"_row_sparse", "_ids", "_rowwise", "_reads", "_live", "_layout"},
+    {"_coalesce", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"},
+    {"_bag", "_walk", "_replay", "_on_rows"},
+    {"_program", "_update"},
+    {"_grad", "_touched", "_lazy", "_audit"},
+    {"_norms", "_train_step"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

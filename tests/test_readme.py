@@ -16,9 +16,7 @@ _BLOCK = re.compile(
 def blocks(text: str) -> list[tuple[int, str]]:
     """The line and the code of every block to run."""
     found = _BLOCK.finditer(text)
-    return [
-        (text.count("\n", 0, m.start("code")), textwrap.dedent(m["code"])) for m in found
-    ]
+    return [(text.count("\n", 0, m.start("code")), textwrap.dedent(m["code"])) for m in found]
 
 
 BLOCKS = blocks(README.read_text(encoding="utf-8"))

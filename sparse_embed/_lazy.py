@@ -20,6 +20,12 @@ class LazyState(NamedTuple):
       inner_state: the inner transformation's own state, in its own layout.
       row_counts: with `clock="row"`, for each count of the inner state that sits beside moments:
         its path, and `[num_rows]` int32 steps for each parameter leaf; else empty.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sparse_embed as se
+      >>> state = se.lazy(optax.adam(0.1), clock="row").init({"table": jnp.ones((4, 2))})
+      >>> type(state.inner_state[0]).__name__, [c[0].tolist() for c in state.row_counts.values()]
+      ('ScaleByAdamState', [[0, 0, 0, 0]])
     """
 
     inner_state: Any

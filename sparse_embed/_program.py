@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_embed._errors import describe, message, path_name
 from sparse_embed._jaxpr import as_jaxpr, is_float
@@ -71,10 +72,12 @@ def trace(
         for n, arg in zip(numbers, new if several else (new,), strict=True):
             full[n] = arg
         outs, kept["treedef"] = jax.tree.flatten(fun(*full, **kwargs))
-        kept["outs"] = [None if _is_array(x) else x for x in outs]
-        return [x for x in outs if _is_array(x)]
+        # Numbers of Python and numpy stay what they are in aux, as in JAX; the value is an array.
+        arrays = [isinstance(x, jax.Array) or (i == 0 and np.isscalar(x)) for i, x in enumerate(outs)]
+        kept["outs"] = [None if array else x for x, array in zip(outs, arrays, strict=True)]
+        return [x for x, array in zip(outs, arrays, strict=True) if array]
 
-    leaves = [leaf for _, leaf in with_paths]
+    leaves = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for _, x in with_paths]
     jaxpr, consts = as_jaxpr(flat, *leaves)
 
     def output(arrays: Sequence[Any]) -> Any:
@@ -85,10 +88,6 @@ def trace(
     paths = [path for path, _ in with_paths]
     names = _names(fun, numbers, several, paths)
     return Program(jaxpr, consts, leaves, paths, names, treedef, output)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, int | float | complex) or hasattr(x, "aval") or hasattr(x, "dtype")
 
 
 def _names(fun: Callable, numbers: Sequence[int], several: bool, paths: list[tuple]) -> list[str]:

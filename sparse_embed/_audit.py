@@ -1,11 +1,10 @@
 """`audit` and `assert_row_sparse`: whether a compiled step leaves its tables in place."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sparse_embed import _hlo
@@ -49,7 +48,7 @@ def audit(step: Callable[..., Any], *args: Any) -> AuditReport:
       >>> report.ok, [a.status for a in report.arrays]
       (True, ['in place', 'in place', 'in place'])
     """
-    tables, skipped = _tables(trace(step, 0, args, {}))
+    tables, skipped = _tables(trace(step, _array_args(args), args, {}))
     if not tables and not skipped:
         raise ValueError(
             message(
@@ -93,10 +92,17 @@ def assert_row_sparse(step: Callable[..., Any], *args: Any) -> None:
         raise AssertionError(f"se.assert_row_sparse(step, ...): the step is not.\n{report}")
 
 
+def _array_args(args: Sequence[Any]) -> tuple[int, ...]:
+    """Which arguments are trees of arrays; the others keep their values."""
+    return tuple(
+        i for i, arg in enumerate(args) if all(hasattr(x, "dtype") for x in jax.tree.leaves(arg))
+    )
+
+
 def _tables(program: Program) -> tuple[set[tuple[int, ...]], list[str]]:
     """The shapes of the tables, and the names of those too small to be told from their rows."""
     leaves = program.leaves
-    found = {k for k, x in enumerate(leaves) if jnp.ndim(x) and jnp.size(x)}
+    found = {k for k, path in enumerate(program.paths) if path[0].idx == 0 and leaves[k].ndim}
     walk = Walk("asked")
     walk.plan(program.jaxpr, program.tags(found), [True] * len(program.jaxpr.outvars))
     shapes, skipped = set(), []

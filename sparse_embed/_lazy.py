@@ -85,7 +85,7 @@ def lazy(
 
     def init_fn(params: Any) -> LazyState:
         leaves = jax.tree.leaves(params)
-        tables = [k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) and jnp.size(leaf)]
+        tables = [k for k, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0) and leaf.size]
         layout = state_layout(inner, params, tables)
         check_separable(inner, params, layout, tables)
         counts = _new_row_counts(params, layout) if clock == "row" else {}

@@ -1,6 +1,9 @@
 """A user's function as a program: traced once, and its tables found."""
 
 import inspect
+import os
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +76,9 @@ def trace(
             full[n] = arg
         outs, kept["treedef"] = jax.tree.flatten(fun(*full, **kwargs))
         # Numbers of Python and numpy stay what they are in aux, as in JAX; the value is an array.
-        arrays = [isinstance(x, jax.Array) or (i == 0 and np.isscalar(x)) for i, x in enumerate(outs)]
+        arrays = [
+            isinstance(x, jax.Array) or (i == 0 and np.isscalar(x)) for i, x in enumerate(outs)
+        ]
         kept["outs"] = [None if array else x for x, array in zip(outs, arrays, strict=True)]
         return [x for x, array in zip(outs, arrays, strict=True) if array]
 
@@ -119,7 +124,10 @@ def find_tables(program: Program, tables: Tables, live: Sequence[bool]) -> tuple
     found = {
         k
         for k, leaf in enumerate(program.leaves)
-        if jnp.ndim(leaf) and jnp.size(leaf) and is_float(leaf) and (named is None or k in named)
+        if getattr(leaf, "ndim", 0)
+        and leaf.size
+        and is_float(leaf)
+        and (named is None or k in named)
     }
     first = True
     while True:
@@ -165,7 +173,17 @@ def _report(program: Program, walk: Walk, strict: bool) -> None:
         text = _whole_use_text(program, use)
         if strict:
             raise ValueError(text)
-        warnings.warn(text, UserWarning, stacklevel=5)
+        warnings.warn(text, UserWarning, stacklevel=_user_level())
+
+
+_LIBRARIES = tuple(os.path.dirname(file) + os.sep for file in (__file__, jax.__file__))
+
+
+def _user_level() -> int:
+    """The `stacklevel` at which `_report` meets the first call outside this package and jax."""
+    frames = traceback.walk_stack(sys._getframe(1))
+    files = (frame.f_code.co_filename for frame, _ in frames)
+    return next((n for n, file in enumerate(files, 1) if not file.startswith(_LIBRARIES)), 1)
 
 
 _ADVICE = {

@@ -104,7 +104,7 @@ def _reads(
 ) -> dict[int, list[tuple[Site, Array]]]:
     """For each leaf that is read only by row: its sites and their ids."""
     leaves = program.leaves
-    found = {k for k, leaf in enumerate(leaves) if jnp.ndim(leaf) and jnp.size(leaf)}
+    found = {k for k, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0) and leaf.size}
     while True:
         walk = Walk(lists)
         plan = walk.plan(program.jaxpr, program.tags(found), [True] * len(program.jaxpr.outvars))

@@ -168,7 +168,7 @@ def _engine(
         {k: g.num_rows for k, g in tables.items()},
         {k: g.indices < g.num_rows for k, g in tables.items()},
         [*program[1], *state, *(params or [])],
-        lambda k, x: gather_rows(x, tables[k].indices),
+        lambda k, x: gather_rows(jnp.asarray(x), tables[k].indices),
     )
 
 
@@ -209,6 +209,10 @@ def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
     rows = engine.block(new, table, grad.rows.shape[0])
     if isinstance(rows, Refused):
         raise ValueError(_refusal(rows.reason))
+    # Padding writes nothing. Giving it the old rows makes the write wait for the read of them, also
+    # where the new rows are not made of the old ones; else XLA would copy the whole leaf first.
+    real = engine.real[table].reshape(-1, *(1,) * (rows.ndim - 1))
+    rows = jnp.where(real, rows.astype(old.dtype), engine.gather(table, old))
     return set_rows(jnp.asarray(old), grad.indices, rows)
 
 

@@ -1,0 +1,108 @@
+"""`train_step`: what it computes, and what it says about bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import count_compilations
+
+import sparse_embed as se
+
+ROWS, WIDTH = 4000, 4
+
+
+def setup(**options):
+    params = {"table": jnp.ones((ROWS, WIDTH)), "w": jnp.arange(2.0, WIDTH + 2) / 10}
+
+    def loss_fn(params, ids, scale=1.0):
+        loss = jnp.sum(jnp.tanh(params["table"][ids] @ params["w"])) * scale
+        return (loss, {"ids": ids}) if options.get("has_aux") else loss
+
+    tx = se.lazy(optax.adam(0.1))
+    return params, loss_fn, tx, se.train_step(loss_fn, tx, **options)
+
+
+def by_hand(params, opt_state, tx, loss_fn, *args):
+    loss, grads = jax.value_and_grad(loss_fn)(params, *args)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), loss
+
+
+def test_it_is_the_loop_of_the_readme():
+    params, loss_fn, tx, step = setup()
+    ids = jnp.array([3, 9, 3])
+    adam = optax.adam(0.1)
+    want, want_loss = by_hand(params, adam.init(params), adam, loss_fn, ids, 0.5)
+    got, opt_state, loss = step(jax.tree.map(jnp.copy, params), tx.init(params), ids, 0.5)
+    np.testing.assert_allclose(loss, want_loss, 1e-6)
+    for key in params:  # on the first step Adam moves nothing that has no gradient
+        np.testing.assert_allclose(got[key], want[key], 1e-5)
+
+
+def test_aux_and_argnums():
+    params, loss_fn, tx, step = setup(has_aux=True)
+    ids = jnp.array([3, 9, 3])
+    _, _, (loss, aux) = step(params, tx.init(params), ids)
+    np.testing.assert_array_equal(aux["ids"], ids)
+
+    params, loss_fn, tx, _ = setup()
+    last = se.train_step(lambda ids, scale, p: loss_fn(p, ids, scale), tx, argnums=2)
+    new, _, _ = last(params, tx.init(params), ids, 1.0)
+    assert float(new["table"][3, 0]) < 1 and float(new["table"][4, 0]) == 1
+
+    params, loss_fn, tx, _ = setup()
+    both = (params["table"], params["w"])
+    two = se.train_step(
+        lambda table, ids, w: loss_fn({"table": table, "w": w}, ids), tx, argnums=(0, 2)
+    )
+    (table, w), _, _ = two(both, tx.init(both), ids)
+    assert float(table[3, 0]) < 1 and float(table[4, 0]) == 1
+
+
+def test_second_step_compiles_nothing_and_all_is_in_place():
+    params, _, tx, step = setup()
+    opt_state = tx.init(params)
+    batches = [jnp.array([3, 9, 3]), jnp.array([1, 1, 0])]
+    se.assert_row_sparse(step, params, opt_state, batches[0])
+    memory = step.lower(params, opt_state, batches[0]).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 3 * 4 * ROWS * WIDTH
+    assert memory.temp_size_in_bytes < ROWS
+    params, opt_state, _ = step(params, opt_state, batches[0])
+    with count_compilations() as compiled:
+        step(params, opt_state, batches[1])
+    assert compiled == []
+
+
+def test_donated_twice():
+    params, _, tx, step = setup()
+    opt_state, ids = tx.init(params), jnp.array([3])
+    step(params, opt_state, ids)
+    with pytest.raises(ValueError, match=r"(?s)donated to an earlier.*params\['table'\].*write: "):
+        step(params, opt_state, ids)
+
+
+def test_one_array_in_two_places():
+    params, _, tx, step = setup()
+    opt_state = tx.init(params)
+    params["copy"] = params["table"]
+    with pytest.raises(
+        ValueError, match=r"(?s)there twice.*params\['table'\].*write: jax.tree.map"
+    ):
+        step(params, opt_state, jnp.array([3]))
+
+
+@pytest.mark.parametrize("stock", [optax.sgd(0.1), optax.adam(0.1), optax.adamw(0.1)])
+def test_a_stock_optimizer_is_told_to_be_wrapped(stock):
+    params, loss_fn, _, _ = setup()
+    step = se.train_step(loss_fn, stock)
+    with pytest.raises((TypeError, ValueError)) as info:
+        step(params, stock.init(params), jnp.array([3]))
+    said = str(info.value) + "".join(getattr(info.value, "__notes__", []))
+    assert "se.lazy(" in said
+    np.testing.assert_array_equal(params["table"], jnp.ones((ROWS, WIDTH)))  # nothing changed
+
+
+def test_not_an_optimizer():
+    with pytest.raises(TypeError, match="(?s)optax transformation.*write: se.train_step"):
+        se.train_step(lambda p: p, optax.adam)

@@ -25,7 +25,7 @@ from sparse_embed._ids import (
     read_rows,
     row_numbers,
 )
-from sparse_embed._segments import flat_indices, nan_where
+from sparse_embed._segments import PADDED, flat_indices, nan_where
 
 Combiner = Literal["sum", "mean", "sqrtn", "max", "min"]
 
@@ -106,7 +106,7 @@ def lookup_bag(
     if padding_idx is not None:
         absent |= indices == padding_row(padding_idx, num_rows, _CALL)
     # Absent entries are sent out of range, so that no gradient lists them.
-    rows = read_rows(table, jnp.where(absent, num_rows, indices))
+    rows = read_rows(table, jnp.where(absent, PADDED, indices))
     if combiner in ("max", "min"):
         out = bags.pick(rows, absent, combiner == "max")
     else:

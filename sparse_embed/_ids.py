@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sparse_embed._errors import describe, message
-from sparse_embed._segments import flat_indices, gather_rows
+from sparse_embed._segments import PADDED, gather_rows
 
 Mode = Literal["fill", "clip"]
 
@@ -46,16 +46,19 @@ def as_integers(x: ArrayLike, name: str, call: str) -> Array:
 
 
 def row_numbers(ids: ArrayLike, num_rows: int, mode: Mode, call: str) -> Array:
-    """The row each id reads: int32 of the shape of `ids`, V where it reads none."""
+    """The row each id reads, of the shape of `ids`; outside the table it reads none.
+
+    An id that is out of range stays as it is, for `check_ids` to name.
+    """
     if mode not in ("fill", "clip"):
         wrote, got = f"{call}: mode={mode!r} is unknown.", f"mode {describe(mode)}"
         raise ValueError(message(wrote, got, 'mode="fill" or mode="clip"'))
     ids = as_integers(ids, "ids", call)
-    if mode == "clip":
-        # The last row, or the largest number that a small dtype can hold.
-        last = min(num_rows - 1, int(jnp.iinfo(ids.dtype).max))
-        ids = jnp.clip(ids, 0, max(last, 0))
-    return flat_indices(ids, num_rows)
+    if ids.dtype == jnp.uint32:
+        ids = jnp.minimum(ids, jnp.uint32(PADDED - 1))
+    if ids.dtype.itemsize <= 4:
+        ids = ids.astype(jnp.int32)
+    return jnp.clip(ids, 0, max(num_rows - 1, 0)) if mode == "clip" else ids
 
 
 def padding_row(padding_idx: Any, num_rows: int, call: str) -> int:

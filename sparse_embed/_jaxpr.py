@@ -4,6 +4,7 @@ Nothing here carries a stability promise from jax, so it is kept in one place an
 `tests/programs.py` is run on both ends of the supported range.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from jax import Array
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
+
+# A message names the user's line, not one of this package.
+source_info_util.register_exclusion(os.path.dirname(os.path.abspath(__file__)) + os.sep)
 
 # Primitives, by name, that only call a jaxpr and can be inlined.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin"})

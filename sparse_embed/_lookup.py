@@ -13,7 +13,7 @@ from sparse_embed._ids import (
     read_rows,
     row_numbers,
 )
-from sparse_embed._segments import distinct, segment_count, sum_dtype
+from sparse_embed._segments import PADDED, distinct, flat_indices, segment_count, sum_dtype
 
 
 def lookup(
@@ -70,7 +70,7 @@ def lookup(
         is_pad = indices == pad
         # Padding is sent out of range, so that no gradient lists it; its value comes from a
         # read at a constant row.
-        indices = jnp.where(is_pad, num_rows, indices)
+        indices = jnp.where(is_pad, PADDED, indices)
         rows = read_rows(table, indices)
         value = jax.lax.index_in_dim(jax.lax.stop_gradient(table), pad, keepdims=False)
         is_pad = over_features(is_pad, rows.ndim)
@@ -83,7 +83,7 @@ def lookup(
 
 def _frequency(indices: Array, num_rows: int) -> Array:
     """How often each entry of `indices` occurs there: int32 of its shape, at least 1."""
-    flat = indices.reshape(-1)
+    flat = flat_indices(indices.reshape(-1), num_rows)
     slots = distinct(flat, num_rows, flat.size + 1)
     counts = segment_count(slots.slot, flat.size + 1)
     return counts.at[slots.slot].get(mode="fill", fill_value=1).reshape(indices.shape)

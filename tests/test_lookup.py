@@ -251,20 +251,21 @@ def test_vmap_over_ids_over_tables_and_in_a_scan():
 # --- what is read, and at what cost -------------------------------------------------------
 
 
-def test_padding_and_ids_out_of_range_are_not_listed(monkeypatch):
-    import sparse_embed._lookup as module
-
-    listed = []
-
-    def spy(table, indices):
-        listed.append(indices.tolist())
-        return read_rows(table, indices)
-
-    read_rows = module.read_rows
-    monkeypatch.setattr(module, "read_rows", spy)
-    se.lookup(table_of(), jnp.array([2, 4, -1, 2, V]), padding_idx=2)
-    se.lookup(table_of(), jnp.array([2, 4, -1, 2, V]), padding_idx=0, mode="clip")
-    assert listed == [[V, 4, V, V, V], [2, 4, V, 2, V - 1]]
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"padding_idx": 2}, [4, 0]),
+        ({"padding_idx": 2, "scale_grad_by_freq": True}, [4, 0]),
+        ({"padding_idx": 0, "mode": "clip"}, [2, 4, V - 1]),
+        ({"padding_idx": -1, "mode": "clip"}, [0, 2, 4]),
+    ],
+)
+def test_padding_and_ids_out_of_range_are_not_listed(options, expected, maybe_jit):
+    ids = jnp.array([2, 4, -1, 2, V, 0])
+    grad = maybe_jit(se.grad(lambda table: se.lookup(table, ids, **options).sum()))(table_of())
+    listed = grad.indices[grad.indices < V]
+    assert isinstance(grad, se.RowSparse)
+    assert listed.tolist() == sorted(expected)
 
 
 TALL = 100_003

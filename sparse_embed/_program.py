@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_embed._errors import describe, message, path_name
-from sparse_embed._jaxpr import as_jaxpr, is_float
+from sparse_embed._jaxpr import CHECKPOINTS, as_jaxpr, is_float
 from sparse_embed._plan import Plan, Tag, WholeUse
 from sparse_embed._walk import Walk
 
@@ -77,7 +77,8 @@ def trace(
         outs, kept["treedef"] = jax.tree.flatten(fun(*full, **kwargs))
         # Numbers of Python and numpy stay what they are in aux, as in JAX; the value is an array.
         arrays = [
-            isinstance(x, jax.Array) or (i == 0 and np.isscalar(x)) for i, x in enumerate(outs)
+            isinstance(x, jax.Array) or (i == 0 and isinstance(x, _NUMBERS))
+            for i, x in enumerate(outs)
         ]
         kept["outs"] = [None if array else x for x, array in zip(outs, arrays, strict=True)]
         return [x for x, array in zip(outs, arrays, strict=True) if array]
@@ -93,6 +94,9 @@ def trace(
     paths = [path for path, _ in with_paths]
     names = _names(fun, numbers, several, paths)
     return Program(jaxpr, consts, leaves, paths, names, treedef, output)
+
+
+_NUMBERS = (int, float, complex, np.number, np.ndarray)
 
 
 def _names(fun: Callable, numbers: Sequence[int], several: bool, paths: list[tuple]) -> list[str]:
@@ -196,8 +200,9 @@ _ADVICE = {
 
 def _whole_use_text(program: Program, use: WholeUse) -> str:
     leaf, name = program.leaves[use.leaf], program.names[use.leaf]
+    operation = "checkpoint" if use.primitive in CHECKPOINTS else use.primitive
     return message(
-        f"the gradient of {name} is dense: `{use.primitive}` needs the whole table.",
+        f"the gradient of {name} is dense: `{operation}` needs the whole table.",
         f"{name} {describe(leaf)}, used at {use.line}",
         _ADVICE.get(use.primitive, "the operation on rows, after the lookup: f(table[ids])")
         + "; or tables= to choose the leaves (any other leaf is dense without a word)",

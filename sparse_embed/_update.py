@@ -54,7 +54,7 @@ def run_update(
     program, trees = _trace(job, state, param_leaves, extra)
     engine = _engine(job, program, trees, state, param_leaves)
     args = _args(job, engine, state, param_leaves)
-    outs = engine.run(*program, args)
+    outs = engine.run(program, args)
     updates, new_state = outs[: len(job.grads)], outs[len(job.grads) :]
 
     new_counts = {name: list(rows) for name, rows in row_counts.items()}
@@ -65,13 +65,15 @@ def run_update(
             for i, name in own[k].items():
                 clock = gather_rows(row_counts[name][k], grad.indices)
                 mine[len(job.grads) + i] = PerRow(clock, k)
-            outs = engine.run(*program, mine)
+            outs = engine.run(program, mine)
             updates[k] = outs[k]
             for i, table in enumerate(job.layout.table):
                 if table == k:
                     new_state[i] = outs[len(job.grads) + i]
             for i, name in own[k].items():
                 count = outs[len(job.grads) + i]
+                if isinstance(count, Refused):
+                    raise ValueError(_refusal(count.reason))
                 rows = count.block if isinstance(count, PerRow) else count
                 new_counts[name][k] = set_rows(row_counts[name][k], grad.indices, rows)
     return (
@@ -113,7 +115,7 @@ def check_separable(
             except (TypeError, ValueError):  # it asks for arguments that only the loop has
                 continue
             engine = _engine(job, program, trees, state, params)
-            outs = engine.run(*program, _args(job, engine, state, params))
+            outs = engine.run(program, _args(job, engine, state, params))
             for out in outs:
                 if isinstance(out, Refused):
                     refused.update(dict.fromkeys(out.tables, out.reason))

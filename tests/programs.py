@@ -1,7 +1,7 @@
 """Programs that read tables, and what `se.value_and_grad` must make of each.
 
-The laws of `test_value_and_grad.py` and `test_touched.py` run over `PROGRAMS`. A table has `V` rows,
-far more than anything else has entries, so that a table-sized temporary array shows.
+The laws of `test_value_and_grad.py` and `test_touched.py` run over `PROGRAMS`. A table has `V`
+rows, far more than anything else has entries, so that a table-sized temporary array shows.
 """
 
 import functools
@@ -40,10 +40,13 @@ class Program:
       sparse: names of the leaves with a row-sparse gradient. All others have a dense one.
       warns: leaf -> operation, for leaves of which a warning says that they are used whole.
       listed: the rows listed in the gradient: a function of the batch, or the name or names of the
-        entries of the batch that hold them; with a dict, different ones for each leaf.
+        entries of the batch that hold them; a dict of these by leaf; `None` where hard to say.
       touched: the rows read, where they are not just those listed.
       rtol: relative tolerance of the gradient.
-      modes: in which modes it can run.
+      ulps: how far the value may be off outside `jit`. There dense JAX runs the operations of a
+        library function of its own, such as `jnp.mean`, as one compiled block, or all rows of
+        a table at once, and rounds differently.
+      modes: in which modes it runs. JIT: outside it adds nothing that another program has not.
       lean: whether it has no table-sized temporary array.
     """
 
@@ -57,6 +60,7 @@ class Program:
     touched: Any = None
     has_aux: bool = False
     rtol: float = 1e-5
+    ulps: int = 0
     modes: tuple[str, ...] = ("eager", "jit")
     lean: bool = True
 
@@ -65,18 +69,20 @@ class Program:
         parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         return any(part in names for part in parts)
 
-    def rows(self, batch: Any, leaf: str, of: Any) -> np.ndarray:
+    def rows(self, batch: Any, path: tuple, of: Any) -> np.ndarray | None:
         """The ascending distinct rows that `of` (`listed` or `touched`) names for a leaf."""
-        of = of[leaf] if isinstance(of, dict) else of
-        if callable(of):
-            rows = of(batch)
-        else:
-            rows = [np.ravel(batch[key]) for key in ((of,) if isinstance(of, str) else of)]
-        flat = np.concatenate([np.ravel(r) for r in rows] or [[]]).astype(np.int64)
-        return np.unique(flat[(flat >= 0) & (flat < V)])
+        if isinstance(of, dict):
+            of = of[jax.tree_util.keystr(path, simple=True)]
+        if of is None:
+            return None
+        keys = (of,) if isinstance(of, str) else of
+        rows = of(batch) if callable(of) else [batch[key] for key in keys]
+        flat = np.concatenate([np.zeros(0, np.int64), *(np.ravel(r) for r in rows)])
+        return np.unique(flat[(flat >= 0) & (flat < V)]).astype(np.int64)
 
 
 PROGRAMS: dict[str, Program] = {}
+JIT = ("jit",)
 
 
 def arrays(**shapes: Any) -> Callable[[], dict[str, jax.Array]]:
@@ -85,9 +91,8 @@ def arrays(**shapes: Any) -> Callable[[], dict[str, jax.Array]]:
     def build():
         rng, built = np.random.default_rng(0), {}
         for name, shape in shapes.items():
-            shape, dtype = (
-                shape if len(shape) == 2 and isinstance(shape[0], tuple) else (shape, jnp.float32)
-            )
+            typed = len(shape) == 2 and isinstance(shape[0], tuple)
+            shape, dtype = shape if typed else (shape, jnp.float32)
             values = rng.normal(size=shape)
             if jnp.issubdtype(dtype, jnp.complexfloating):
                 values = values + 1j * rng.normal(size=shape)
@@ -106,9 +111,9 @@ def program(
     sparse: str = "t",
     batch: dict | None = None,
     name: str = "",
-    **expected,
+    **expected: Any,
 ) -> Callable:
-    """Registers a loss; `sparse` are names with blanks between."""
+    """Registers a loss; `sparse` are names with blanks between, `batch` is `{"ids": IDS}`."""
     entries = {"ids": IDS} if batch is None else batch
 
     def register(loss: Callable) -> Callable:
@@ -156,27 +161,27 @@ def index(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
 
-@program()
+@program(modes=JIT)
 def index_with_colon(p, b):
     return head(p["t"][b["ids"], :], p["w"])
 
 
-@program(batch={"ids": GRID})
+@program(batch={"ids": GRID}, modes=JIT)
 def index_2d(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
 
-@program(batch={"ids": GRID[None, :, :, None]})
+@program(batch={"ids": GRID[None, :, :, None]}, modes=JIT)
 def index_4d(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
 
-@program(batch={"ids": np.zeros((0,), np.int32)})
+@program(sparse="", batch={"ids": np.zeros((0,), np.int32)})  # jnp reads nothing at all
 def index_nothing(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
 
-@program()
+@program(modes=JIT)
 def index_constant_array(p, b):
     return head(p["t"][IDS], p["w"])
 
@@ -186,7 +191,7 @@ def take_fill(p, b):
     return head(jnp.take(p["t"], b["ids"], axis=0), p["w"])
 
 
-@program()
+@program(modes=JIT)
 def take_clip(p, b):
     return head(jnp.take(p["t"], b["ids"], axis=0, mode="clip"), p["w"])
 
@@ -201,7 +206,7 @@ def at_get_fill(p, b):
     return head(p["t"].at[b["ids"]].get(mode="fill", fill_value=2.0), p["w"])
 
 
-@program()
+@program(modes=JIT)
 def at_get_sorted_unique(p, b):
     ids = jnp.unique(b["ids"], size=4)
     rows = p["t"].at[ids].get(indices_are_sorted=True, unique_indices=True)
@@ -218,38 +223,39 @@ def outside_promise(p, b):
     return head(p["t"].at[b["ids"]].get(mode="promise_in_bounds"), p["w"])
 
 
-@program(batch={"ids": OUTSIDE})
+# The nearest row is read, but it gets no gradient.
+@program(batch={"ids": OUTSIDE}, touched=clipped, modes=JIT)
 def outside_promise_no_wrap(p, b):
     rows = p["t"].at[b["ids"]].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return head(rows, p["w"])
 
 
-@program(batch={"ids": OUTSIDE}, listed=clipped_after_wrapping)
+@program(batch={"ids": OUTSIDE}, listed=clipped_after_wrapping, modes=JIT)
 def outside_clip(p, b):
     return head(p["t"].at[b["ids"]].get(mode="clip"), p["w"])
 
 
-@program(batch={"ids": OUTSIDE}, listed=clipped)
+@program(batch={"ids": OUTSIDE}, listed=clipped, modes=JIT)
 def outside_take_clip(p, b):
     return head(jnp.take(p["t"], b["ids"], axis=0, mode="clip"), p["w"])
 
 
-@program(batch={"ids": OUTSIDE}, listed=wrapped)
+@program(batch={"ids": OUTSIDE}, listed=wrapped, modes=JIT)
 def outside_fill(p, b):
     return head(p["t"].at[b["ids"]].get(mode="fill", fill_value=0.5), p["w"])
 
 
-@program(batch={"ids": OUTSIDE}, listed=wrapped)
+@program(batch={"ids": OUTSIDE}, listed=wrapped, modes=JIT)
 def outside_take_nan(p, b):
     return head(no_nan(jnp.take(p["t"], b["ids"], axis=0)), p["w"])
 
 
-@program(batch={"ids": OUTSIDE}, listed=wrapped)
+@program(batch={"ids": OUTSIDE}, listed=wrapped, modes=JIT)
 def outside_take_is_nan(p, b):
     return head(jnp.take(p["t"], b["ids"], axis=0), p["w"])
 
 
-@program(batch={"ids": OUTSIDE}, listed=wrapped)
+@program(batch={"ids": OUTSIDE}, listed=wrapped, modes=JIT)
 def outside_fill_after_row_operations(p, b):
     return head(jnp.exp(2 * p["t"]).at[b["ids"]].get(mode="fill", fill_value=0.5), p["w"])
 
@@ -259,17 +265,17 @@ def uint8_ids(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
 
-@program(batch={"ids": np.array([3, 127, 0, 3], np.int8)})
+@program(batch={"ids": np.array([3, 127, 0, 3], np.int8)}, modes=JIT)
 def int8_ids(p, b):
     return head(jnp.take(p["t"], b["ids"], axis=0), p["w"])
 
 
-@program(batch={"ids": np.array([3, V - 1, 2**16 - 1], np.uint16)})
+@program(batch={"ids": np.array([3, V - 1, 2**16 - 1], np.uint16)}, modes=JIT)
 def uint16_ids_outside(p, b):
     return head(no_nan(jnp.take(p["t"], b["ids"], axis=0)), p["w"])
 
 
-@program(batch={"ids": np.array([3, 2**32 - 1, 2**31, V - 1], np.uint32)})
+@program(batch={"ids": np.array([3, 2**32 - 1, 2**31, V - 1], np.uint32)}, modes=JIT)
 def uint32_ids_outside(p, b):
     return head(no_nan(jnp.take(p["t"], b["ids"], axis=0)), p["w"])
 
@@ -279,7 +285,7 @@ def scalar_id(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
 
-@program(batch={"ids": np.array(-1, np.int32)}, listed=lambda b: [[V - 1]])
+@program(batch={"ids": np.array(-1, np.int32)}, listed=lambda b: [[V - 1]], modes=JIT)
 def negative_scalar_id(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
@@ -289,7 +295,7 @@ def python_int(p, b):
     return head(p["t"][3], p["w"]) + head(p["t"][-1], p["w"])
 
 
-@program(sparse="")
+@program(sparse="", modes=JIT)
 def first_row(p, b):
     return head(p["t"][0], p["w"])
 
@@ -299,7 +305,7 @@ def first_rows(p, b):
     return head(p["t"][:10], p["w"])
 
 
-@program(sparse="")
+@program(sparse="", modes=JIT)
 def strided_rows(p, b):
     return head(p["t"][2:10:2], p["w"])
 
@@ -315,7 +321,7 @@ def vmapped_index(p, b):
     return head(jax.vmap(lambda i: p["t"][i])(b["ids"]), p["w"])
 
 
-@program(batch={"ids": GRID})
+@program(batch={"ids": GRID}, modes=JIT)
 def vmapped_twice(p, b):
     return head(jax.vmap(jax.vmap(lambda i: p["t"][i], out_axes=1))(b["ids"]).sum(1), p["w"][0])
 
@@ -330,7 +336,7 @@ def three_from(batch):
     return [np.clip(batch["ids"], 0, V - 3)[..., None] + np.arange(3)]
 
 
-@program(listed=three_from)
+@program(listed=three_from, modes=JIT)
 def vmapped_dynamic_slice(p, b):
     rows = jax.vmap(lambda i: lax.dynamic_slice(p["t"], (i, 0), (3, D)))(b["ids"])
     return head(rows * jnp.arange(1.0, 4.0)[:, None], p["w"])
@@ -359,7 +365,7 @@ def table_3d(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
 
-@program(arrays(t=(V, 1), w=(D,)))
+@program(arrays(t=(V, 1), w=(D,)), modes=JIT)
 def table_of_one_column(p, b):
     return head(p["t"][b["ids"]], p["w"])
 
@@ -369,22 +375,26 @@ def table_bfloat16(p, b):
     return head(p["t"][b["ids"]].astype(jnp.float32), p["w"])
 
 
-@program(arrays(t=((V, D), jnp.float16), w=(D,)), rtol=4e-3)
+@program(arrays(t=((V, D), jnp.float16), w=(D,)), rtol=4e-3, modes=JIT)
 def table_float16(p, b):
     return head(p["t"][b["ids"]].astype(jnp.float32), p["w"])
 
 
-@program(arrays(t=((V, D), jnp.complex64), w=(D,)))
+@program(arrays(t=((V, D), jnp.complex64), w=(D,)), modes=JIT)
 def table_complex(p, b):
     return jnp.sum(jnp.abs(p["t"][b["ids"]] * p["w"]) ** 2)
 
 
-@program(batch={"ids": IDS, "mask": np.array([1, 0, 1, 1, 0, 1], bool)})
+@program(batch={"ids": IDS, "mask": np.array([1, 0, 1, 1, 0, 1], bool)}, modes=JIT)
 def masked_rows(p, b):
     return head(jnp.where(b["mask"][:, None], p["t"][b["ids"]], 0), p["w"])
 
 
 # --- models ---------------------------------------------------------------------------------
+
+
+def nnx_embed(dtype):
+    return nnx.Embed(V, D, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 class LinenBag(nn.Module):
@@ -408,9 +418,8 @@ def linen(model):
 
 for _dtype, _rtol in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
     _params, _loss = linen(LinenBag(_dtype))
-    program(_params, "embedding", {"ids": GRID}, f"linen_embed_{_dtype.__name__}", rtol=_rtol)(
-        _loss
-    )
+    _name = f"linen_embed_{_dtype.__name__}"
+    program(_params, "embedding", {"ids": GRID}, _name, rtol=_rtol, modes=JIT)(_loss)
 
 
 class LinenLSTM(nn.Module):
@@ -423,6 +432,11 @@ _params, _loss = linen(LinenLSTM())
 program(_params, "embedding", {"ids": GRID}, "linen_lstm")(_loss)
 
 
+@program(lambda: nnx_embed(jnp.float32), "embedding")
+def nnx_module_as_it_is(model, b):
+    return head(model(b["ids"]), 1)
+
+
 class LinenRemat(nn.Module):
     @nn.compact
     def __call__(self, ids):
@@ -430,7 +444,7 @@ class LinenRemat(nn.Module):
 
 
 _params, _loss = linen(LinenRemat())
-program(_params, "embedding", {"ids": GRID}, "linen_remat")(_loss)
+program(_params, "embedding", {"ids": GRID}, "linen_remat", modes=JIT)(_loss)
 
 
 class LinenTied(nn.Module):
@@ -446,10 +460,6 @@ program(_params, "", {"ids": GRID}, "linen_tied", warns={"embedding": "transpose
 )
 
 
-def nnx_embed(dtype):
-    return nnx.Embed(V, D, dtype=dtype, rngs=nnx.Rngs(0))
-
-
 def nnx_state(dtype):
     graph = nnx.graphdef(nnx.eval_shape(lambda: nnx_embed(dtype)))
 
@@ -461,7 +471,8 @@ def nnx_state(dtype):
 
 for _dtype, _rtol in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
     _params, _loss = nnx_state(_dtype)
-    program(_params, "embedding", name=f"nnx_embed_{_dtype.__name__}", rtol=_rtol)(_loss)
+    _name = f"nnx_embed_{_dtype.__name__}"
+    program(_params, "embedding", name=_name, rtol=_rtol, modes=JIT)(_loss)
 
 
 @program(lambda: eqx.nn.Embedding(V, D, key=jax.random.key(0)), "weight")
@@ -469,7 +480,7 @@ def equinox_embedding(model, b):
     return head(jax.vmap(model)(b["ids"]), 1)
 
 
-@program(lambda: eqx.nn.Embedding(V, D, key=jax.random.key(0)), "weight", {"ids": GRID})
+@program(lambda: eqx.nn.Embedding(V, D, key=jax.random.key(0)), "weight", {"ids": GRID}, modes=JIT)
 def equinox_embedding_2d(model, b):
     return head(jax.vmap(jax.vmap(model))(b["ids"]), 1)
 
@@ -488,13 +499,13 @@ def scan(p, b):
     return jnp.sum(h) + jnp.sum(ys)
 
 
-@program()
+@program(modes=JIT)
 def scan_reverse_unroll(p, b):
     h, ys = lax.scan(recur(p["t"], p["w"]), jnp.zeros(D), b["ids"], reverse=True, unroll=2)
     return jnp.sum(h) + jnp.sum(ys)
 
 
-@program(batch={"ids": GRID})
+@program(batch={"ids": GRID}, modes=JIT)
 def scan_of_blocks(p, b):
     def block(h, ids):
         return jnp.tanh(h * p["w"] + p["t"][ids].sum(0)), None
@@ -530,7 +541,7 @@ def lax_map(p, b):
     return jnp.sum(lax.map(lambda i: jnp.tanh(p["t"][i] * p["w"]), b["ids"]))
 
 
-@program()
+@program(modes=JIT)
 def lax_map_batched(p, b):
     return jnp.sum(lax.map(lambda i: jnp.tanh(p["t"][i] * p["w"]), b["ids"], batch_size=4))
 
@@ -553,7 +564,7 @@ def table_in_carry(p, b):
     return jnp.sum(h)
 
 
-@program()
+@program(modes=JIT)
 def table_in_carry_is_read_behind_the_loop(p, b):
     def body(carry, i):
         t, h = carry
@@ -581,7 +592,7 @@ def ids_in_carry(p, b):
     return jnp.sum(h)
 
 
-@program(listed=None)
+@program(listed=None, modes=JIT)
 def ids_of_the_hidden_state(p, b):
     def body(h, i):
         j = (jnp.abs(h[0]) * 1e4).astype(jnp.int32) % V
@@ -590,6 +601,7 @@ def ids_of_the_hidden_state(p, b):
     return jnp.sum(lax.scan(body, jnp.ones(D), b["ids"])[0])
 
 
+FLAGGED = {"ids": IDS, "flags": np.array([1, 0, 1, 0, 0, 1], bool)}
 TWO_WAYS = {"ids": IDS, "other": OTHER}
 
 
@@ -618,7 +630,7 @@ def cond_with_one_reader(p, b):
 
 
 @program(
-    batch={"ids": IDS, "flags": np.array([1, 0, 1, 0, 0, 1], bool)},
+    batch=FLAGGED,
     listed=lambda b: [IDS[[0, 2, 5]], [11]],
 )
 def cond_in_scan(p, b):
@@ -630,10 +642,11 @@ def cond_in_scan(p, b):
     return jnp.sum(lax.scan(body, jnp.zeros(D), (b["ids"], b["flags"]))[0])
 
 
-@program(
-    batch={"ids": IDS, "flags": np.array([1, 0, 1, 0, 0, 1], bool)},
-    listed=lambda b: [IDS[[0, 2, 5]], IDS[[1, 3, 4]] // 2],
-)
+def by_flag(batch):
+    return [np.where(batch["flags"], batch["ids"], batch["ids"] // 2)]
+
+
+@program(batch=FLAGGED, listed=by_flag, modes=JIT)
 def cond_in_scan_with_lookups(p, b):
     def body(h, x):
         i, flag = x
@@ -644,7 +657,7 @@ def cond_in_scan_with_lookups(p, b):
 
 
 @program(
-    batch={"ids": IDS, "flags": np.array([1, 0, 1, 0, 0, 1], bool)},
+    batch=FLAGGED,
     listed=lambda b: [IDS, IDS // 2],
 )
 def vmapped_cond(p, b):
@@ -693,7 +706,7 @@ def checkpoint_in_scan_with_policy(p, b):
     return jnp.sum(lax.scan(body, jnp.zeros(D), b["ids"])[0])
 
 
-@program()
+@program(modes=JIT)
 def checkpoint_twice(p, b):
     @jax.checkpoint
     def outer(t):
@@ -805,7 +818,7 @@ def custom_jvp_on_rows(p, b):
     return head(odd_cube(jax.nn.relu(p["t"][b["ids"]])), p["w"])
 
 
-@program()
+@program(modes=JIT)
 def custom_vjp_on_rows_in_scan(p, b):
     def body(h, i):
         return jnp.tanh(h * p["w"] + clip_gradient(p["t"][i])), None
@@ -823,9 +836,8 @@ def two_lookups(p, b):
 
 @program(batch=TWO_WAYS, listed=("ids", "other"))
 def query_and_key(p, b):
-    return jnp.sum(jnp.tanh(p["t"][b["ids"]] @ jnp.take(p["t"], b["other"], axis=0).T)) + head(
-        1, p["w"]
-    )
+    key = jnp.take(p["t"], b["other"], axis=0) * p["w"]
+    return jnp.sum(jnp.tanh(p["t"][b["ids"]] @ key.T))
 
 
 @program(A_B_W, "a b", TWO_WAYS, listed={"a": "ids", "b": "other"})
@@ -838,12 +850,12 @@ def sum_of_tables(p, b):
     return head((p["a"] + p["b"])[b["ids"]], p["w"])
 
 
-@program(A_B_W, "a b")
+@program(A_B_W, "a b", modes=JIT)
 def weighted_sum_of_tables(p, b):
     return head((p["a"] + 2 * p["b"])[b["ids"]], p["w"])
 
 
-@program(A_B_W, "a b", TWO_WAYS, listed={"a": ("ids", "other"), "b": "ids"})
+@program(A_B_W, "a b", TWO_WAYS, listed={"a": ("ids", "other"), "b": "ids"}, modes=JIT)
 def product_of_tables_and_lookup(p, b):
     return head((p["a"] * p["b"])[b["ids"]], p["w"]) + head(p["a"][b["other"]], p["w"])
 
@@ -887,7 +899,7 @@ def cast_then_read(p, b):
     return head(p["t"].astype(jnp.bfloat16)[b["ids"]].astype(jnp.float32), p["w"])
 
 
-@program()
+@program(modes=JIT)
 def read_then_cast(p, b):
     return head(p["t"][b["ids"]].astype(jnp.bfloat16).astype(jnp.float32), p["w"])
 
@@ -897,7 +909,7 @@ def scaled(p, b):
     return head((p["t"] * p["s"] / np.sqrt(D))[b["ids"]], p["w"])
 
 
-@program()
+@program(modes=JIT)
 def scaled_by_column(p, b):
     return head((p["t"] * p["w"] - 1)[b["ids"]], p["w"])
 
@@ -908,32 +920,32 @@ def rows_of_norm_1(p, b):
     return head(t[b["ids"]], p["w"])
 
 
-@program()
+@program(ulps=2)
 def softmax_of_rows(p, b):
     return head(jax.nn.softmax(p["t"], axis=-1)[b["ids"]], p["w"])
 
 
-@program(arrays(t=(V, D), w=(2, 4)))
+@program(arrays(t=(V, D), w=(2, 4)), modes=JIT)
 def heads(p, b):
     return head(p["t"].reshape(V, 2, 4)[b["ids"]], p["w"])
 
 
-@program(arrays(t=(V, 2, 4), w=(D,)))
+@program(arrays(t=(V, 2, 4), w=(D,)), modes=JIT)
 def heads_joined(p, b):
     return head(p["t"].transpose(0, 2, 1).reshape(V, -1)[b["ids"]], p["w"])
 
 
-@program()
+@program(modes=JIT)
 def columns_then_read(p, b):
     return head(p["t"][:, 2:6][b["ids"]], p["w"][:4])
 
 
-@program(batch={"ids": IDS, "mask": np.arange(V).reshape(V, 1).astype(np.float32) % 2})
+@program(batch={"ids": IDS, "mask": np.arange(V).reshape(V, 1).astype(np.float32) % 2}, modes=JIT)
 def mask_of_rows(p, b):
     return head((p["t"] * b["mask"])[b["ids"]], p["w"])
 
 
-@program(batch={"ids": IDS, "mask": np.arange(V) % 2 == 1})
+@program(batch={"ids": IDS, "mask": np.arange(V) % 2 == 1}, modes=JIT)
 def where_rows(p, b):
     return head(jnp.where(b["mask"][:, None], p["t"], 0.0)[b["ids"]], p["w"])
 
@@ -955,7 +967,7 @@ def stopped_table(p, b):
     return head(p["t"][b["ids"]], p["w"]) + target
 
 
-@program(batch=TWO_WAYS, touched=("ids", "other"))
+@program(batch=TWO_WAYS, touched=("ids", "other"), modes=JIT)
 def stopped_rows(p, b):
     target = head(lax.stop_gradient(p["t"][b["other"]]), p["w"])
     return head(p["t"][b["ids"]], p["w"]) + target
@@ -967,14 +979,19 @@ def stopped_alone(p, b):
 
 
 @program(
-    A_B_W, "a b", TWO_WAYS, listed={"a": "ids", "b": nothing}, touched={"a": "ids", "b": "other"}
+    A_B_W,
+    "a b",
+    TWO_WAYS,
+    listed={"a": "ids", "b": nothing},
+    touched={"a": "ids", "b": "other"},
+    ulps=1,
 )
 def target_network(p, b):
     target = lax.stop_gradient(jnp.max(p["b"][b["other"]] @ p["w"]))
     return jnp.mean((p["a"][b["ids"]] @ p["w"] - target) ** 2)
 
 
-@program(touched="ids", listed="ids")
+@program(touched="ids", listed="ids", modes=JIT)
 def straight_through(p, b):
     rows = p["t"][b["ids"]]
     return head(rows + lax.stop_gradient(jnp.round(rows) - rows), p["w"])
@@ -983,12 +1000,12 @@ def straight_through(p, b):
 # --- what is done with the rows -------------------------------------------------------------
 
 
-@program(batch={"ids": GRID})
+@program(batch={"ids": GRID}, modes=JIT)
 def bag(p, b):
     return head(p["t"][b["ids"]].sum(1), p["w"])
 
 
-@program(batch={"ids": IDS, "bags": np.array([0, 0, 1, 2, 2, 2], np.int32)})
+@program(batch={"ids": IDS, "bags": np.array([0, 0, 1, 2, 2, 2], np.int32)}, modes=JIT)
 def bag_by_segment_sum(p, b):
     rows = jax.ops.segment_sum(p["t"][b["ids"]], b["bags"], num_segments=4)
     return head(rows, p["w"])
@@ -999,7 +1016,7 @@ def associative_scan(p, b):
     return head(lax.associative_scan(jnp.multiply, p["t"][b["ids"]]), p["w"])
 
 
-@program()
+@program(modes=JIT)
 def one_layer_attention(p, b):
     x = p["t"][b["ids"]]
     return head(jax.nn.softmax(x @ x.T) @ x, p["w"])
@@ -1011,19 +1028,25 @@ def one_layer_attention(p, b):
 @program(has_aux=True)
 def aux(p, b):
     rows = p["t"][b["ids"]]
-    return head(rows, p["w"]), {"rows": rows, "n": b["ids"].size, "half": 0.5, "none": None}
+    kept = {"rows": rows, "n": b["ids"].size, "half": 0.5, "none": None, "key": jax.random.key(1)}
+    return head(rows, p["w"]), kept
 
 
 @program(has_aux=True, modes=("eager",))
 def aux_that_is_no_array(p, b):
     rows = p["t"][b["ids"]]
-    return head(rows, p["w"]), {
-        "name": "loss",
-        "rows": rows,
-        "why": (len, None),
-        "flag": True,
-        "n": 3,
-    }
+    kept = {"name": "loss", "rows": rows, "why": (len, None), "flag": True, "n": np.int8(3)}
+    return head(rows, p["w"]), kept
+
+
+def _negative_zeros():
+    return {"t": jnp.full((V, D), -0.0), "w": jnp.ones(D)}
+
+
+@program(_negative_zeros, has_aux=True)
+def sign_of_zero(p, b):
+    rows = p["t"][b["ids"]]
+    return head(rows, p["w"]), rows
 
 
 @program(has_aux=True, touched={"t": None})
@@ -1065,18 +1088,18 @@ def lookup_outside(p, b):
     return head(no_nan(se.lookup(p["t"], b["ids"])), p["w"])
 
 
-@program(batch={"ids": OUTSIDE}, listed=clipped)
+@program(batch={"ids": OUTSIDE}, listed=clipped, modes=JIT)
 def lookup_outside_clip(p, b):
     return head(se.lookup(p["t"], b["ids"], mode="clip"), p["w"])
 
 
-@program(arrays(t=((V, D), jnp.bfloat16), w=(D,)), rtol=2e-2)
+@program(arrays(t=((V, D), jnp.bfloat16), w=(D,)), rtol=2e-2, modes=JIT)
 def lookup_bfloat16_by_freq(p, b):
     rows = se.lookup(p["t"], b["ids"], scale_grad_by_freq=True)
     return head(rows.astype(jnp.float32), p["w"])
 
 
-@program(listed=lambda b: [[3, 7, V - 1]], touched="ids")
+@program(listed=lambda b: [[3, 7, V - 1]], touched="ids", modes=JIT)
 def lookup_of_scaled_table_in_scan(p, b):
     def body(h, i):
         return jnp.tanh(h * p["w"] + se.lookup(2 * p["t"], i, padding_idx=0)), None
@@ -1097,7 +1120,7 @@ def bag_program(name, batch, arrays_of_batch=(), listed="ids", **options):
         given = {key if key != "walls" else "offsets": b[key] for key in arrays_of_batch}
         return head(no_nan(se.lookup_bag(p["t"], b["ids"], **given, **options)), p["w"])
 
-    program(batch=batch, name=f"lookup_bag_{name}", listed=listed)(loss)
+    program(batch=batch, name=f"lookup_bag_{name}", listed=listed, modes=JIT)(loss)
 
 
 for _combiner in ("sum", "mean", "sqrtn", "max", "min"):
@@ -1129,13 +1152,18 @@ def elements(p, b):
     return jnp.sum(jnp.tanh(p["t"][b["ids"], b["columns"]])) + head(1, p["w"])
 
 
-@program(sparse="", warns={"t": "gather"}, batch={"ids": IDS, "columns": IDS % D})
+@program(sparse="", warns={"t": "gather"}, batch={"ids": IDS, "columns": IDS % D}, modes=JIT)
 def elements_and_rows(p, b):
     return jnp.sum(jnp.tanh(p["t"][b["ids"], b["columns"]])) + head(p["t"][b["ids"]], p["w"])
 
 
-@program(sparse="")
+@program(batch={"ids": IDS, "entries": np.arange(48).reshape(6, D) * 416}, sparse="", modes=JIT)
 def take_along_axis(p, b):
+    return head(jnp.take_along_axis(p["t"], b["entries"], axis=0), p["w"])
+
+
+@program(modes=JIT)
+def take_along_axis_of_whole_rows(p, b):
     return head(jnp.take_along_axis(p["t"], b["ids"][:, None], axis=0), p["w"])
 
 
@@ -1150,17 +1178,17 @@ custom_lookup.defvjp(
 )
 
 
-@program(sparse="", warns={"t": "custom_vjp_call"})
+@program(sparse="", warns={"t": "custom_vjp_call"}, modes=JIT)
 def custom_vjp_lookup(p, b):
     return head(custom_lookup(p["t"], b["ids"]), p["w"])
 
 
-@program(sparse="", warns={"t": "custom_vjp_call"})
+@program(sparse="", warns={"t": "custom_vjp_call"}, modes=JIT)
 def custom_vjp_on_table(p, b):
     return head(clip_gradient(p["t"])[b["ids"]], p["w"])
 
 
-@program(sparse="", warns={"t": "custom_jvp_call"})
+@program(sparse="", warns={"t": "custom_jvp_call"}, modes=JIT)
 def custom_jvp_on_table(p, b):
     return head(odd_cube(p["t"])[b["ids"]], p["w"])
 
@@ -1176,7 +1204,7 @@ def tied_softmax(p, b):
     return -jnp.sum(jax.nn.log_softmax(h @ p["t"].T)[:, 0])
 
 
-@program(sparse="", warns={"t": "dot_general"}, rtol=1e-4)
+@program(sparse="", warns={"t": "dot_general"}, rtol=1e-4, modes=JIT)
 def tied_einsum(p, b):
     h = p["t"][b["ids"]] * p["w"]
     return jnp.sum(jnp.tanh(jnp.einsum("bd,vd->bv", h, p["t"])))
@@ -1187,7 +1215,7 @@ def l2(p, b):
     return head(p["t"][b["ids"]], p["w"]) + 1e-2 * jnp.sum(p["t"] ** 2)
 
 
-@program(sparse="", warns={"t": "reduce_sum"})
+@program(sparse="", warns={"t": "reduce_sum"}, modes=JIT)
 def l2_in_scan(p, b):
     def body(h, i):
         return jnp.tanh(h * p["w"] + p["t"][i]) + 1e-6 * jnp.sum(p["t"] ** 2), None
@@ -1195,35 +1223,37 @@ def l2_in_scan(p, b):
     return jnp.sum(lax.scan(body, jnp.zeros(D), b["ids"])[0])
 
 
-@program(A_B_W, "b", TWO_WAYS, warns={"a": "reduce_sum"}, listed={"b": "other"}, lean=False)
+@program(
+    A_B_W, "b", TWO_WAYS, warns={"a": "reduce_sum"}, listed={"b": "other"}, lean=False, modes=JIT
+)
 def l2_of_one_of_two(p, b):
     loss = head(p["a"][b["ids"]], p["w"]) + head(p["b"][b["other"]], p["w"])
     return loss + 1e-2 * jnp.sum(p["a"] ** 2)
 
 
-@program(A_B_W, "", warns={"a": "reduce_sum", "b": "reduce_sum"})
+@program(A_B_W, "", warns={"a": "reduce_sum", "b": "reduce_sum"}, modes=JIT)
 def l2_of_a_sum(p, b):
     t = p["a"] + p["b"]
     return head(t[b["ids"]], p["w"]) + 1e-2 * jnp.sum(t**2)
 
 
-@program(batch=TWO_WAYS, lean=False, touched={"t": None})
+@program(batch=TWO_WAYS, lean=False, touched={"t": None}, modes=JIT)
 def norm_under_stop_gradient(p, b):
     scale = lax.stop_gradient(jnp.linalg.norm(p["t"]))
     return head(p["t"][b["ids"]] / scale, p["w"])
 
 
-@program(sparse="")
+@program(sparse="", modes=JIT)
 def l2_alone(p, b):
     return jnp.sum(p["t"] ** 2) + head(1, p["w"])
 
 
-@program(sparse="")
+@program(sparse="", modes=JIT)
 def one_hot(p, b):
     return head(jax.nn.one_hot(b["ids"], V) @ p["t"], p["w"])
 
 
-@program(sparse="", warns={"t": "dot_general"})
+@program(sparse="", warns={"t": "dot_general"}, modes=JIT)
 def one_hot_and_lookup(p, b):
     return head(jax.nn.one_hot(b["ids"], V) @ p["t"] + p["t"][b["ids"]], p["w"])
 
@@ -1233,24 +1263,24 @@ def pad(p, b):
     return head(jnp.pad(p["t"], ((1, 0), (0, 0)))[b["ids"]], p["w"])
 
 
-@program(sparse="", warns={"t": "concatenate"}, batch={"ids": IDS + 1})
+@program(sparse="", warns={"t": "concatenate"}, batch={"ids": IDS + 1}, modes=JIT)
 def concatenate(p, b):
     t = jnp.concatenate([p["t"], jnp.zeros((1, D))])
     return head(t[b["ids"]], p["w"])
 
 
-@program(A_B_W, "", warns={"a": "concatenate", "b": "concatenate"})
+@program(A_B_W, "", warns={"a": "concatenate", "b": "concatenate"}, modes=JIT)
 def concatenate_tables(p, b):
     t = jnp.concatenate([p["a"], p["b"]])
     return head(t[2 * b["ids"]], p["w"])
 
 
-@program(sparse="", warns={"t": "scatter"})
+@program(sparse="", warns={"t": "scatter"}, modes=JIT)
 def at_set(p, b):
     return head(p["t"].at[0].set(0.0)[b["ids"]], p["w"])
 
 
-@program(sparse="")
+@program(sparse="", modes=JIT)
 def scan_over_table(p, b):
     h, _ = lax.scan(lambda h, row: (jnp.tanh(h * p["w"] + row), None), jnp.zeros(D), p["t"])
     return jnp.sum(h)
@@ -1267,7 +1297,7 @@ def unused(p, b):
     return head(1, p["w"])
 
 
-@program(arrays(t=(3, V, D), w=(D,)), sparse="", batch={"ids": GRID[:3]})
+@program(arrays(t=(3, V, D), w=(D,)), sparse="", batch={"ids": GRID[:3]}, modes=JIT)
 def vmapped_tables(p, b):
     return head(jax.vmap(lambda t, ids: t[ids])(p["t"], b["ids"]), p["w"])
 
@@ -1278,7 +1308,7 @@ def table_out_of_cond(p, b):
     return head(t[b["ids"]], p["w"])
 
 
-@program(sparse="", warns={"t": "scan"})
+@program(sparse="", warns={"t": "scan"}, modes=JIT)
 def table_changed_in_carry(p, b):
     def body(t, i):
         return t * 0.5, t[i]
@@ -1287,6 +1317,6 @@ def table_changed_in_carry(p, b):
     return head(rows, p["w"])
 
 
-@program(sparse="", warns={"t": "checkpoint"})
+@program(sparse="", warns={"t": "checkpoint"}, modes=JIT)
 def table_out_of_checkpoint(p, b):
     return head(jax.checkpoint(jnp.sin)(p["t"])[b["ids"]], p["w"])

@@ -1,5 +1,6 @@
 """`audit` and `assert_row_sparse`: whether a compiled step leaves its tables in place."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,8 @@ def audit(step: Callable[..., Any], *args: Any) -> AuditReport:
     """Compiles a step and reports what it does with its tables.
 
     A table is a leaf of the first argument that the step reads by row. An array is table-sized if
-    it has the shape of a table: the table itself, a moment of its optimizer, a dense gradient.
+    it has as many entries as a table, or an axis as long as a table has rows: the table itself, a
+    moment of its optimizer, a dense gradient, the norms of all rows.
 
     Args:
       step: `step(params, opt_state, *args)`, such as `se.train_step` returns, or any function,
@@ -95,14 +97,20 @@ def assert_row_sparse(step: Callable[..., Any], *args: Any) -> None:
 def _array_args(args: Sequence[Any]) -> tuple[int, ...]:
     """Which arguments are trees of arrays; the others keep their values."""
     return tuple(
-        i for i, arg in enumerate(args) if all(hasattr(x, "dtype") for x in jax.tree.leaves(arg))
+        i
+        for i, arg in enumerate(args)
+        if i == 0 or all(hasattr(x, "dtype") for x in jax.tree.leaves(arg))
     )
 
 
 def _tables(program: Program) -> tuple[set[tuple[int, ...]], list[str]]:
     """The shapes of the tables, and the names of those too small to be told from their rows."""
     leaves = program.leaves
-    found = {k for k, path in enumerate(program.paths) if path[0].idx == 0 and leaves[k].ndim}
+    found = {
+        k
+        for k, path in enumerate(program.paths)
+        if path[0].idx == 0 and getattr(leaves[k], "ndim", 0)
+    }
     walk = Walk("asked")
     walk.plan(program.jaxpr, program.tags(found), [True] * len(program.jaxpr.outvars))
     shapes, skipped = set(), []
@@ -114,11 +122,17 @@ def _tables(program: Program) -> tuple[set[tuple[int, ...]], list[str]]:
     return shapes, skipped
 
 
+def _is_table_sized(shape: tuple[int, ...] | None, tables: set[tuple[int, ...]]) -> bool:
+    if not shape:
+        return False
+    return any(table[0] in shape or math.prod(shape) == math.prod(table) for table in tables)
+
+
 def _arrays(program: _hlo.Program, tables: set[tuple[int, ...]]) -> list[ArrayReport]:
     entry = program.computations[program.entry]
     reports = []
     for i in entry.instructions.values():
-        if i.op != "parameter" or i.shape not in tables:
+        if i.op != "parameter" or not _is_table_sized(i.shape, tables):
             continue
         copies, users = _users(program, i)
         aliased = i.number in program.aliased
@@ -158,7 +172,11 @@ def _operations(program: _hlo.Program, tables: set[tuple[int, ...]]) -> list[Ope
     found = []
     for computation in program.buffered():
         for i in computation.instructions.values():
-            if i.shape not in tables or i.op in _NAMES or _in_place(program, computation, i):
+            if (
+                not _is_table_sized(i.shape, tables)
+                or i.op in _NAMES
+                or _in_place(program, computation, i)
+            ):
                 continue
             source: _hlo.Instruction | None = i
             while source is not None and source.op.startswith(("copy", "bitcast")):

@@ -7,14 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._errors import describe, is_concrete, message
-from sparse_embed._row_sparse import RowSparse, verified
-from sparse_embed._segments import (
-    distinct,
-    flat_indices,
-    nan_where,
-    segment_count,
-    segment_sum,
-)
+from sparse_embed._row_sparse import RowSparse, sum_repeats, verified
+from sparse_embed._segments import nan_where, segment_count
 
 
 @overload
@@ -63,14 +57,12 @@ def coalesce(
             )
         )
     grad = verified(grad, "se.coalesce(grad)")
-    indices = flat_indices(grad.indices, grad.num_rows)
-    enough = min(indices.size, grad.num_rows)
+    enough = min(grad.indices.size, grad.num_rows)
     size = enough if size is None else operator.index(size)
-    slots = distinct(indices, grad.num_rows, size)
-    rows = segment_sum(grad.rows, slots.slot, size)
+    out, slots = sum_repeats(grad, size)
     if size < enough:
-        rows = _check_size(rows, slots.number, size)
-    out = RowSparse._make(slots.indices, rows, grad.shape, True)
+        rows = _check_size(out.rows, slots.number, size)
+        out = RowSparse._make(out.indices, rows, grad.shape, True)
     return (out, segment_count(slots.slot, size)) if return_counts else out
 
 

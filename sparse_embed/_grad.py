@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._delayed import Leaf, whole
-from sparse_embed._jaxpr import is_float
+from sparse_embed._errors import message
+from sparse_embed._jaxpr import is_float, varying_axes
 from sparse_embed._plan import Plan, Site
 from sparse_embed._program import Program, Tables, find_tables, trace
 from sparse_embed._replay import Taps, replay
@@ -122,7 +123,15 @@ def _check_like_jax(
     scalar = isinstance(value, int) and program.jaxpr.outvars[value].aval.shape == ()
     good_aux = value is not skeleton or not has_aux
     if not (scalar and good_aux and all(map(_is_float_leaf, program.leaves))):
-        jax.eval_shape(jax.value_and_grad(fun, argnums, has_aux), *args, **kwargs)
+        numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+
+        def as_jax(*chosen: Any) -> Any:
+            full = list(args)
+            for n, arg in zip(numbers, chosen, strict=True):
+                full[n] = arg
+            return jax.value_and_grad(fun, argnums, has_aux)(*full, **kwargs)
+
+        jax.eval_shape(as_jax, *(args[n] for n in numbers))
     return value
 
 
@@ -142,6 +151,7 @@ def _differentiate(
         outs = whole(outs)
         return outs[first], (outs, ids)
 
+    _check_devices(program, plan)
     dense = {k: x for k, x in enumerate(leaves) if k not in tables}
     taps = [tuple(_tap(site, leaves[k]) for k in site.leaves) for site in plan.sites]
     (value, (outs, ids)), (grads, tap_grads) = jax.value_and_grad(
@@ -153,6 +163,23 @@ def _differentiate(
     if tables:
         _tie(outs, grads)
     return outs, [grads[k] for k in range(len(leaves))]
+
+
+def _check_devices(program: Program, plan: Plan) -> None:
+    """Inside `shard_map` JAX sums the gradient of a replicated leaf over devices; rows differ."""
+    for site in plan.sites:
+        for k in site.leaves:
+            axes = set(site.axes) - varying_axes(jax.typeof(program.leaves[k]))
+            if axes:
+                raise ValueError(
+                    message(
+                        "se.value_and_grad inside shard_map: each device lists rows of its own.",
+                        f"{program.names[k]}, replicated over mesh axes {sorted(axes)}, read at "
+                        f"{site.line}",
+                        "se.value_and_grad(lambda params, batch: jax.shard_map(loss_fn, ...)"
+                        "(params, batch)), with the shard_map inside the loss",
+                    )
+                )
 
 
 def _tap(site: Site, table: Array) -> Array:

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sparse_embed._errors import describe, message
-from sparse_embed._segments import PADDED, gather_rows
+from sparse_embed._segments import gather_rows
 
 Mode = Literal["fill", "clip"]
 
@@ -55,7 +55,7 @@ def row_numbers(ids: ArrayLike, num_rows: int, mode: Mode, call: str) -> Array:
         raise ValueError(message(wrote, got, 'mode="fill" or mode="clip"'))
     ids = as_integers(ids, "ids", call)
     if ids.dtype == jnp.uint32:
-        ids = jnp.minimum(ids, jnp.uint32(PADDED - 1))
+        ids = jnp.minimum(ids, jnp.uint32(2**31 - 1))
     if ids.dtype.itemsize <= 4:
         ids = ids.astype(jnp.int32)
     return jnp.clip(ids, 0, max(num_rows - 1, 0)) if mode == "clip" else ids

@@ -1,5 +1,6 @@
 """`lazy`: any row-separable optax transformation, at the cost of the rows touched."""
 
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -89,7 +90,9 @@ def lazy(
         layout = state_layout(inner, params, tables)
         check_separable(inner, params, layout, tables)
         counts = _new_row_counts(params, layout) if clock == "row" else {}
-        return LazyState(inner.init(params), counts)
+        inner_state = inner.init(params)
+        _warn_of_accumulators(inner_state)
+        return LazyState(inner_state, counts)
 
     def update_fn(
         updates: Any, state: LazyState, params: Any = None, **extra_args: Any
@@ -102,7 +105,7 @@ def lazy(
             if is_row_sparse(g)
         }
         _check_params(grads, treedef, params)
-        dense = [jax.ShapeDtypeStruct(jnp.shape(g), jnp.result_type(g.dtype)) for g in grads]
+        dense = [jax.ShapeDtypeStruct(jnp.shape(g), jnp.result_type(g)) for g in grads]
         like = jax.tree.unflatten(treedef, dense) if params is None else params
         layout = state_layout(inner, like, sorted(tables))
         job = Update(inner, layout, treedef, [tables.get(k, g) for k, g in enumerate(grads)])
@@ -115,6 +118,22 @@ def lazy(
         return jax.tree.unflatten(treedef, new_updates), LazyState(inner_state, row_counts)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _warn_of_accumulators(inner_state: Any) -> None:
+    """Gradients gathered over several steps reach only the rows of the step that emits them."""
+    kinds = (optax.MultiStepsState, optax.ApplyEvery)
+    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
+    for node in nodes:
+        if isinstance(node, kinds):
+            text = message(
+                "se.lazy(inner): inner gathers gradients over several steps, but only rows that "
+                "the emitting step touches will move; what other rows gathered waits or is lost.",
+                f"a state of type {type(node).__name__}",
+                "grads = grads_1 + grads_2 for a table's RowSparse gradients, then one tx.update",
+            )
+            warnings.warn(text, UserWarning, stacklevel=3)
+            return
 
 
 def _new_row_counts(params: Any, layout: StateLayout) -> dict[str, list[Array]]:
@@ -172,8 +191,8 @@ def _check_params(grads: list[Any], treedef: Any, params: Any) -> None:
             )
         )
     for (path, leaf), grad in zip(with_paths, grads, strict=True):
-        if jnp.shape(leaf) != grad.shape:
+        if jnp.shape(leaf) != jnp.shape(grad):
             name = "params" + jax.tree_util.keystr(path)
-            got = f"{name} {describe(leaf)}, its gradient of shape {grad.shape}"
+            got = f"{name} {describe(leaf)}, its gradient of shape {jnp.shape(grad)}"
             instead = "the gradient of these params"
             raise ValueError(message(f"{call}: a gradient of another table.", got, instead))

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from sparse_embed._errors import describe, is_concrete, message
 from sparse_embed._segments import (
+    Slots,
     distinct,
     flat_indices,
     gather_rows,
@@ -112,26 +113,17 @@ class RowSparse:
         indices, rows, seal = children
         return cls.__new__(cls)._fill(indices, rows, aux[0], aux[1], seal)
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the table."""
-        return self.shape[0]
-
-    @property
-    def ndim(self) -> int:
-        """Dimensions of the table."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """dtype of the rows."""
-        return self.rows.dtype
+    num_rows = property(lambda self: self.shape[0], doc="Rows of the table.")
+    ndim = property(lambda self: len(self.shape), doc="Dimensions of the table.")
+    dtype = property(lambda self: self.rows.dtype, doc="dtype of the rows.")
 
     def todense(self) -> Array:
         """The dense array, `shape`; repeats are summed in at least float32."""
         return jnp.zeros(self.shape, self.dtype) + self
 
-    def __radd__(self, table: ArrayLike) -> Array:
+    def __radd__(self, table: ArrayLike) -> Any:
+        if isinstance(table, int) and table == 0:  # the start of `sum([a, b])`
+            return self
         table = jnp.asarray(table)
         if table.shape != self.shape:
             raise ValueError(
@@ -179,6 +171,12 @@ class RowSparse:
     def __neg__(self) -> RowSparse:
         return self * -1
 
+    def __truediv__(self, scalar: ArrayLike) -> RowSparse:
+        return self * (1 / scalar)
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -other
+
     def __repr__(self) -> str:
         listed = getattr(self.indices, "shape", "?")
         return f"RowSparse({describe(self.rows)} at indices {listed}, shape={self.shape})"
@@ -203,6 +201,15 @@ def verified(grad: RowSparse, caller: str) -> RowSparse:
       TypeError, ValueError: a stock transform changed the indices.
     """
     seal, indices = grad._seal, grad.indices
+    if jnp.ndim(indices) != 1:
+        raise ValueError(
+            message(
+                f"{caller}: a RowSparse that was stacked or batched, as by scan or vmap.",
+                f"indices {describe(indices)}, rows {describe(grad.rows)}",
+                "jax.vmap of this call; or, for the sum of the batch, RowSparse("
+                "g.indices.reshape(-1), g.rows.reshape(-1, *g.shape[1:]), g.shape)",
+            )
+        )
     advice = "se.lazy(chain) around the whole optax chain: tx = se.lazy(optax.adam(1e-3))"
     if not all(jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in (seal, indices)):
         wrote = f"{caller}: a transform mapped over the leaves of a RowSparse changed its indices."
@@ -224,8 +231,12 @@ def summed(grad: RowSparse, caller: str) -> RowSparse:
     grad = verified(grad, caller)
     if grad.coalesced:
         return grad
+    return sum_repeats(grad, min(grad.indices.size, grad.num_rows))[0]
+
+
+def sum_repeats(grad: RowSparse, size: int) -> tuple[RowSparse, Slots]:
+    """`grad` with each row listed once, in `size` entries, and where its entries went."""
     indices = flat_indices(grad.indices, grad.num_rows)
-    size = min(indices.size, grad.num_rows)
     slots = distinct(indices, grad.num_rows, size)
     rows = segment_sum(grad.rows, slots.slot, size)
-    return RowSparse._make(slots.indices, rows, grad.shape, True)
+    return RowSparse._make(slots.indices, rows, grad.shape, True), slots

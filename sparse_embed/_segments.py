@@ -46,8 +46,9 @@ def padding(count: Array, size: int, num_rows: int, dtype: DTypeLike) -> Array:
     return num_rows + jnp.maximum(jnp.arange(size, dtype=dtype) - count.astype(dtype), 0)
 
 
-# An id that asks for no row and is no mistake; `check_ids` lets it pass.
-PADDED = 2**31 - 1
+# An id that asks for no row and is no mistake; `check_ids` lets it pass. No round number, so that
+# it is not some user's own mark, and out of range for every table that fits a machine.
+PADDED = 0x7FED_C0DE
 
 
 class Slots(NamedTuple):

@@ -8,6 +8,8 @@ import optax
 
 from sparse_embed._errors import describe, message
 from sparse_embed._grad import value_and_grad
+from sparse_embed._lazy import LazyState
+from sparse_embed._row_sparse import is_row_sparse
 
 
 class TrainStep:
@@ -34,9 +36,9 @@ def train_step(
 ) -> TrainStep:
     """The training step of `loss_fn` under `tx`, jitted, with both trees updated in place.
 
-    `grads = se.value_and_grad(loss_fn)(params, *args)`, `updates = tx.update(grads, opt_state,
-    params)`, `params = optax.apply_updates(params, updates)`. Both trees are donated: use the
-    returned ones, the ones passed in are gone.
+    `loss, grads = se.value_and_grad(loss_fn)(params, *args)`, `updates = tx.update(grads,
+    opt_state, params, value=loss)`, `params = optax.apply_updates(params, updates)`. Both trees
+    are donated: use the returned ones, the ones passed in are gone.
 
     Args:
       loss_fn: the loss, `loss_fn(params, *args)` for the default `argnums`.
@@ -75,7 +77,8 @@ def train_step(
 
     def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
         value, grads = gradient(*_merge(numbers, params if several else (params,), args))
-        updates, opt_state = _update(tx, grads, opt_state, params)
+        loss = value[0] if has_aux else value
+        updates, opt_state = _update(tx, grads, opt_state, params, loss)
         return optax.apply_updates(params, updates), opt_state, value
 
     return TrainStep(step)
@@ -89,14 +92,18 @@ def _merge(numbers: Sequence[int], params: Sequence[Any], args: Sequence[Any]) -
     return [own[i] if i in own else next(left) for i in range(total)]
 
 
-def _update(tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> Any:
+def _update(
+    tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, loss: Any
+) -> Any:
     try:
-        return tx.update(grads, opt_state, params)
+        return optax.with_extra_args_support(tx).update(grads, opt_state, params, value=loss)
     except (TypeError, ValueError) as error:
-        error.add_note(
-            "In se.train_step(loss_fn, tx): a stock optax transformation cannot take the gradients "
-            "of a table.\n  write: tx = se.lazy(optax.chain(...)) around the whole chain"
-        )
+        sparse = any(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
+        if sparse and not isinstance(opt_state, LazyState):
+            error.add_note(
+                "In se.train_step(loss_fn, tx): a stock optax transformation cannot take the "
+                "gradients of a table.\n  write: tx = se.lazy(optax.chain(...)), whole chain inside"
+            )
         raise
 
 

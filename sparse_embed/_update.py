@@ -121,7 +121,7 @@ def check_separable(
                     refused.update(dict.fromkeys(out.tables, out.reason))
             return
 
-    structs = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    structs = [_struct(x) for x in leaves]
     jax.eval_shape(attempt, layout.shapes, structs)
     matrices = [k for k in tables if jnp.ndim(leaves[k]) > 1] or list(tables)
     if refused and all(k in refused for k in matrices):
@@ -140,7 +140,7 @@ def _refusal(reason: str) -> str:
 def _trace(job: Update, state: list[Any], params: list[Any] | None, extra: dict) -> Any:
     """The program of one update, `(jaxpr, consts)`, and the trees of what it returns."""
     trees: list[Any] = []
-    structs = [jax.ShapeDtypeStruct(g.shape, g.dtype) for g in job.grads]
+    structs = [_struct(g) for g in job.grads]
 
     def update(grads: list[Any], state: list[Any], params: list[Any] | None) -> list[Any]:
         updates, new_state = job.inner.update(
@@ -153,6 +153,11 @@ def _trace(job: Update, state: list[Any], params: list[Any] | None, extra: dict)
         return [*jax.tree.leaves(updates), *jax.tree.leaves(new_state)]
 
     return as_jaxpr(update, structs, state, params), trees
+
+
+def _struct(x: Any) -> jax.ShapeDtypeStruct:
+    dtype = x.dtype if isinstance(x, RowSparse) else jnp.result_type(x)
+    return jax.ShapeDtypeStruct(x.shape if isinstance(x, RowSparse) else jnp.shape(x), dtype)
 
 
 def _engine(
@@ -193,7 +198,7 @@ def _args(job: Update, engine: OnRows, state: list[Any], params: list[Any] | Non
 def _as_update(job: Update, engine: OnRows, k: int, value: Any) -> Any:
     grad = job.grads[k]
     if not isinstance(grad, RowSparse):
-        return _as_array(value, grad.shape)
+        return _as_array(value, jnp.shape(grad))
     rows = engine.block(value, k, grad.rows.shape[0])
     if isinstance(rows, Refused):
         raise ValueError(_refusal(rows.reason))

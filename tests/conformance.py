@@ -819,8 +819,7 @@ def page() -> str:
     """The text of `docs/conformance.md`."""
     lines = []
     for s in SUBJECTS:
-        reason = s.reason if s.verdict == "refused" else ""
-        told = ": ".join(part for part in (reason, s.note) if part)
+        told = f"{s.note} (“{s.reason}”)" if s.verdict == "refused" else s.note
         where = " at `update`" if s.verdict == "refused" and s.at == "update" else ""
         lines.append(f"| `{s.label}` | {s.verdict}{where} | {told} |\n")
     return _HEAD + "".join(lines)

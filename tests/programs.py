@@ -429,7 +429,7 @@ class LinenLSTM(nn.Module):
 
 
 _params, _loss = linen(LinenLSTM())
-program(_params, "embedding", {"ids": GRID}, "linen_lstm")(_loss)
+program(_params, "embedding", {"ids": GRID}, "linen_lstm", modes=JIT)(_loss)
 
 
 @program(lambda: nnx_embed(jnp.float32), "embedding")
@@ -656,10 +656,8 @@ def cond_in_scan_with_lookups(p, b):
     return jnp.sum(lax.scan(body, jnp.zeros(D), (b["ids"], b["flags"]))[0])
 
 
-@program(
-    batch=FLAGGED,
-    listed=lambda b: [IDS, IDS // 2],
-)
+# jax makes a cond with a predicate for each example into a select between copies of the table.
+@program(sparse="", batch=FLAGGED)
 def vmapped_cond(p, b):
     def one(i, flag):
         return lax.cond(flag, lambda: p["t"][i], lambda: 2 * p["t"][i // 2])
@@ -749,7 +747,8 @@ for _check, _spec in ((True, "d"), (False, "d"), (True, None), (False, None)):
         return mapped(p["t"], p["w"], b["ids"])
 
     _how = f"shard_map_{'varying' if _spec else 'replicated'}_ids{'' if _check else '_unchecked'}"
-    program(name=_how)(_shard_mapped)
+    _modes = ("eager", "jit") if _check and _spec else JIT  # outside jit it is slow
+    program(name=_how, modes=_modes)(_shard_mapped)
 
 
 for _check in (True, False):
@@ -766,7 +765,8 @@ for _check in (True, False):
         )
         return mapped(p["t"], p["w"], b["ids"])
 
-    program(name=f"scan_in_shard_map{'' if _check else '_unchecked'}")(_scan_in_shard_map)
+    _how = f"scan_in_shard_map{'' if _check else '_unchecked'}"
+    program(name=_how, modes=JIT)(_scan_in_shard_map)
 
 
 @program()
@@ -777,7 +777,7 @@ def shard_map_with_sharded_output(p, b):
     return head(mapped(p["t"], b["ids"]), p["w"])
 
 
-@program(sparse="", warns={"t": "shard_map"})
+@program(sparse="", warns={"t": "shard_map"}, modes=JIT)
 def shard_map_of_a_sharded_table(p, b):
     def local(t, ids):
         mine = ids - lax.axis_index("d") * (V // 2)

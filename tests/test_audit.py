@@ -127,6 +127,15 @@ def test_a_gradient_that_does_not_need_the_rows():
     se.assert_row_sparse(step, PARAMS, state(), IDS)
 
 
+def test_work_on_every_row_of_another_shape():
+    def sorts_norms(params, opt_state, ids):
+        norms = jnp.sort(jnp.sum(params["table"] ** 2, axis=1))
+        return *sparse_step(params, opt_state, ids), norms[0]
+
+    report = se.audit(donated(sorts_norms), PARAMS, state(), IDS)
+    assert any(o.array == f"f32[{ROWS}]" for o in report.operations), report
+
+
 def test_evaluation_reads_only():
     report = se.audit(lambda params, ids: loss_fn(params, ids), PARAMS, IDS)
     assert report.ok and [a.status for a in report.arrays] == ["read only"]

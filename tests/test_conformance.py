@@ -37,6 +37,9 @@ from helpers import count_compilations, temp_bytes
 
 import sparse_embed as se
 
+# Expected of MultiSteps and apply_every; one test asks for it.
+pytestmark = pytest.mark.filterwarnings("ignore:se.lazy.inner.. inner gathers:UserWarning")
+
 PRESENT = [s for s in SUBJECTS if present(s)]
 ACCEPTED = [s for s in PRESENT if s.accepted]
 REFUSED = [s for s in PRESENT if s.verdict == "refused"]

@@ -28,6 +28,9 @@ from helpers import temp_bytes
 
 import sparse_embed as se
 
+# Expected of MultiSteps and apply_every; one test asks for it.
+pytestmark = pytest.mark.filterwarnings("ignore:se.lazy.inner.. inner gathers:UserWarning")
+
 REST = tuple(name for name in SHAPES if name not in TABLES)
 FALLING = optax.linear_schedule(0.1, 0.01, 9)
 
@@ -512,6 +515,13 @@ def test_complex_tables():
         got, _ = se.lazy(inner).update(grad, se.lazy(inner).init(table), table)
         wanted, _ = inner.update(whole, inner.init(table), table)
         np.testing.assert_allclose(got.rows[:2], wanted[jnp.array([1, 4])], rtol=1e-5)
+
+
+@pytest.mark.parametrize("inner", [optax.MultiSteps(optax.sgd(1.0), 2), optax.apply_every(2)])
+def test_gathering_over_steps_is_warned_of(inner):
+    tx = se.lazy(optax.chain(optax.clip(1.0), optax.with_extra_args_support(inner)))
+    with pytest.warns(UserWarning, match=r"(?s)waits or is lost.*got: .*write: grads = "):
+        tx.init(new_params())
 
 
 def test_accumulated_steps_drop_what_the_page_says():

@@ -81,6 +81,26 @@ def test_properties_and_pytree():
     np.testing.assert_allclose(one.todense(), 2 * grad.todense(), 1e-6)
 
 
+def test_gradients_of_several_batches_add_up():
+    a, b = example("no repeats"), example("all the same")
+    want = (dense(a) + dense(b)) / 2
+    np.testing.assert_allclose((sum([a, b]) / 2).todense(), want, 1e-5, 1e-6)
+    np.testing.assert_allclose((a - b).todense(), dense(a) - dense(b), 1e-5, 1e-6)
+
+
+def test_stacked_containers_are_not_taken_for_one():
+    """Found in review: repeats between the entries of a stack were lost under the scatter hints."""
+    table = jnp.ones(SHAPE)
+    ids = jnp.array([[1, 2], [2, 3]])
+    stack = jax.vmap(lambda i: se.grad(lambda t: jnp.sum(jnp.sin(t[i])))(table))(ids)
+    for use in (lambda g: g.todense(), lambda g: table + g, se.global_norm, se.coalesce):
+        with pytest.raises(ValueError, match=r"(?s)stacked or batched.*got: .*write: .*reshape"):
+            use(stack)
+    flat = se.RowSparse(stack.indices.reshape(-1), stack.rows.reshape(-1, SHAPE[1]), SHAPE)
+    want = jax.grad(lambda t: jnp.sum(jnp.sin(t[ids])))(table)
+    np.testing.assert_allclose(flat.todense(), want, 1e-6)
+
+
 HARM = {
     "scale by a float": lambda g: optax.tree.scale(0.5, g),
     "scale(-1)": lambda g: optax.tree.scale(-1, g),

@@ -256,3 +256,10 @@ def test_ids_of_an_untaken_branch_are_not_checked():
     check = checkify.checkify(se.check_ids(loss))
     assert check(jnp.ones((SMALL, 2)), False)[0].get() is None
     assert "id 99 " in check(jnp.ones((SMALL, 2)), True)[0].get()
+
+
+@pytest.mark.parametrize("read", [se.lookup, lambda t, i: jnp.take(t, i, axis=0)])
+def test_check_ids_finds_the_largest_integer(read):
+    check = se.check_ids(lambda table, ids: read(table, ids).sum())
+    with pytest.raises(Exception, match="id 2147483647 is out of range"):
+        check(jnp.ones((6, 2)), np.array([1, 2**31 - 1], np.int32))

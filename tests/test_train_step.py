@@ -60,6 +60,27 @@ def test_aux_and_argnums():
     assert float(table[3, 0]) < 1 and float(table[4, 0]) == 1
 
 
+def test_the_loss_is_passed_on_as_value():
+    params, loss_fn, _, _ = setup()
+    ids, polyak = jnp.array([3, 9, 3]), optax.polyak_sgd()
+    loss, grads = jax.value_and_grad(loss_fn)(params, ids)
+    updates, _ = polyak.update(grads, polyak.init(params), params, value=loss)
+    want = optax.apply_updates(params, updates)
+    tx = se.lazy(polyak)
+    got, _, _ = se.train_step(loss_fn, tx)(jax.tree.map(jnp.copy, params), tx.init(params), ids)
+    np.testing.assert_allclose(got["table"], want["table"], 1e-5)
+
+
+def test_a_number_among_the_params():
+    params = {"table": jnp.ones((ROWS, WIDTH)), "scale": 2.0}
+    tx = se.lazy(optax.sgd(0.1))
+    step = se.train_step(lambda p, ids: jnp.sum(p["table"][ids]) * p["scale"], tx)
+    se.assert_row_sparse(step, params, tx.init(params), jnp.array([3]))
+    new, _, _ = step(params, tx.init(params), jnp.array([3]))
+    np.testing.assert_allclose(new["table"][3], 0.8, 1e-6)
+    np.testing.assert_allclose(new["scale"], 2.0 - 0.1 * WIDTH, 1e-6)
+
+
 def test_second_step_compiles_nothing_and_all_is_in_place():
     params, _, tx, step = setup()
     opt_state = tx.init(params)

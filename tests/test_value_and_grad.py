@@ -305,6 +305,16 @@ def test_inside_shard_map(key):
     assert_close(got, jax.grad(small_loss)(params, ids)["t"], 1e-5)
 
 
+def test_inside_a_checked_shard_map_it_is_refused(key):
+    """JAX would sum the gradient of the replicated table over devices; rows cannot be summed so."""
+    params, ids = small(key), jnp.arange(8, dtype=jnp.int32)
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:2], ("d",)), jax.sharding.PartitionSpec
+    local = lambda p, ids: densified(se.grad(small_loss)(p, ids))["t"]  # noqa: E731
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec())
+    with pytest.raises(ValueError, match=r"(?s)inside shard_map.*got: .*'d'.*write: "):
+        jax.jit(mapped)(params, ids)
+
+
 @pytest.mark.parametrize("name", ["index", "scan", "cond_true", "checkpoint", "custom_vjp_on_rows"])
 def test_without_jit(name):
     program = PROGRAMS[name]

@@ -1,5 +1,6 @@
 """Row-sparse gradients for embedding tables: any optax optimizer, at the cost of the rows read."""
 
+from sparse_embed import exact as exact
 from sparse_embed._audit import assert_row_sparse as assert_row_sparse
 from sparse_embed._audit import audit as audit
 from sparse_embed._bag import lookup_bag as lookup_bag

@@ -10,6 +10,7 @@ from sparse_embed._errors import describe, message
 from sparse_embed._grad import value_and_grad
 from sparse_embed._lazy import LazyState
 from sparse_embed._row_sparse import is_row_sparse
+from sparse_embed._touched import touched
 
 
 class TrainStep:
@@ -75,7 +76,13 @@ def train_step(
     numbers = [argnums] if isinstance(argnums, int) else list(argnums)
     gradient = value_and_grad(loss_fn, argnums, has_aux)
 
+    settle = getattr(tx, "settle", None)
+    read = touched(loss_fn, argnums)
+
     def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
+        if settle is not None:
+            rows = read(*_merge(numbers, params if several else (params,), args))
+            params, opt_state = settle(params, opt_state, rows, coalesced=True)
         value, grads = gradient(*_merge(numbers, params if several else (params,), args))
         loss = value[0] if has_aux else value
         updates, opt_state = _update(tx, grads, opt_state, params, loss)

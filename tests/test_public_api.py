@@ -153,13 +153,17 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 
 # A module imports only from lower levels. `__init__` of the package stands above them all.
 LEVELS = [
-    {"_errors", "_segments", "_jaxpr", "_blocks", "_hlo", "_report"},
-    {"_row_sparse", "_ids", "_rowwise", "_reads", "_live", "_layout"},
-    {"_coalesce", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"},
-    {"_bag", "_walk", "_replay", "_on_rows"},
+    {"_errors", "_segments", "_jaxpr", "_blocks", "_hlo", "_report", "exact._ledger"},
+    {"_row_sparse", "_ids", "_rowwise", "_reads", "_live", "_layout", "exact._rest"},
+    {"_coalesce", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"}
+    | {"exact._momentum", "exact._adaptive", "exact._catch_up", "exact._state"},
+    {"_bag", "_walk", "_replay", "_on_rows", "exact._table"},
     {"_program", "_update"},
     {"_grad", "_touched", "_lazy", "_audit"},
-    {"_norms", "_train_step"},
+    {"_norms", "_train_step", "exact._transform"},
+    {"exact._build"},
+    {"exact._sgd", "exact._rmsprop", "exact._adam", "exact._adamax"},
+    {"exact"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

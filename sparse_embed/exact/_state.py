@@ -1,0 +1,104 @@
+"""State of the exact optimizers, and where optax keeps what belongs to rows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_embed.exact._ledger import Counts
+
+
+class RowClock(NamedTuple):
+    """Up to which step each row of a leaf was brought.
+
+    Args:
+      last_step: `[num_rows]` int32, the step up to which a row is settled.
+      sums: `[num_rows, k]`, the running sums of that step.
+      now: `[k]`, those of the present step.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sparse_embed as se
+      >>> state = se.exact.sgd(0.1, momentum=0.9).init({"table": jnp.ones((4, 2))})
+      >>> state.clocks["table"].last_step.tolist()
+      [0, 0, 0, 0]
+    """
+
+    last_step: Array
+    sums: Array
+    now: Array
+
+
+class ExactState(NamedTuple):
+    """State of an exact optimizer.
+
+    Args:
+      inner_state: that of the dense optax optimizer, in its own layout. Rows of a table may be
+        behind in it; after `settle` of all rows it is the dense state.
+      step: int32, steps made. It wraps around; only differences count.
+      clocks: for each parameter leaf a `RowClock`; `None` where no row can be behind.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sparse_embed as se
+      >>> state = se.exact.adam(0.1).init({"table": jnp.ones((4, 2))})
+      >>> type(state.inner_state[0]).__name__, int(state.step)
+      ('ScaleByAdamState', 0)
+    """
+
+    inner_state: Any
+    step: Array
+    clocks: Any
+
+
+def is_clock(x: Any) -> bool:
+    """`isinstance(x, RowClock)` or `None`, for `is_leaf=` of `jax.tree`."""
+    return x is None or isinstance(x, RowClock)
+
+
+def counts(core_state: Any, step: Array) -> Counts:
+    """The counts of an optax state; `step` where it has none of a kind."""
+    return Counts(
+        *(
+            next((node.count for node in _nodes(core_state, test)), step)
+            for test in (
+                lambda node: {"count"} < set(getattr(node, "_fields", ())),
+                lambda node: type(node).__name__ == "ScaleByScheduleState",
+                lambda node: type(node).__name__ == "WeightDecaySchedule",
+            )
+        )
+    )
+
+
+def moments(core_state: Any, fields: Sequence[str], treedef: Any) -> dict[str, list[Array]]:
+    """For each field its leaves, in the order of the parameters."""
+    return {
+        field: treedef.flatten_up_to(getattr(next(_nodes(core_state, _with(field))), field))
+        for field in fields
+    }
+
+
+def with_moments(core_state: Any, new: dict[str, list[Array]], treedef: Any) -> Any:
+    """`core_state` with these fields put in."""
+    for field, leaves in new.items():
+        test = _with(field)
+
+        def put(node: Any, test: Any = test, field: str = field, leaves: Any = leaves) -> Any:
+            return node._replace(**{field: treedef.unflatten(leaves)}) if test(node) else node
+
+        core_state = jax.tree.map(put, core_state, is_leaf=test)
+    return core_state
+
+
+def _with(field: str) -> Callable[[Any], bool]:
+    return lambda node: field in getattr(node, "_fields", ())
+
+
+def _nodes(state: Any, test: Callable[[Any], bool]) -> Any:
+    """The outermost named tuples of `state` that pass the test."""
+    return filter(test, jax.tree.leaves(state, is_leaf=test))
+
+
+def behind(step: Array, last_step: Array) -> Array:
+    """Steps that rows missed, `[n]` int32. Right also after the step count wrapped around."""
+    return jnp.asarray(step - last_step, jnp.int32)

@@ -1,0 +1,153 @@
+"""One table under an exact optimizer: rows brought up to date, clocks moved on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_embed._errors import is_concrete, message
+from sparse_embed._row_sparse import RowSparse
+from sparse_embed._segments import gather_rows, nan_where, set_rows
+from sparse_embed.exact._catch_up import catch_up
+from sparse_embed.exact._ledger import Counts, Ledger
+from sparse_embed.exact._rest import Rest
+from sparse_embed.exact._state import RowClock, behind
+
+BLOCK = 4096  # rows that `settle` of a whole table works on at a time
+
+Held = tuple[Array, dict[str, Array], RowClock]  # the table, its moments by field, its clock
+
+
+@dataclass(frozen=True)
+class Table:
+    """How one leaf rests, and the time.
+
+    Args:
+      name: as the user would write the leaf, for messages.
+      rest: what its rows do without a gradient.
+      ledger: its running sums.
+      step: `[]` int32, steps made.
+      counts: the counts of the inner state at this step.
+    """
+
+    name: str
+    rest: Rest
+    ledger: Ledger
+    step: Array
+    counts: Counts
+
+    def settled_rows(self, indices: Array, held: Held) -> Held:
+        """Brings the rows at ascending, distinct `indices` up to date; others stay as they are."""
+        w, moments, clock = held
+        real = indices < w.shape[0]
+        block = self._catch_up(
+            gather_rows(w, indices),
+            {name: gather_rows(x, indices) for name, x in moments.items()},
+            gather_rows(clock.last_step, indices),
+            gather_rows(clock.sums, indices),
+            real,
+            clock.now,
+        )
+        new, after, last, sums = block
+        return (
+            set_rows(w, indices, new),
+            {name: set_rows(x, indices, after[name]) for name, x in moments.items()},
+            RowClock(
+                set_rows(clock.last_step, indices, last),
+                set_rows(clock.sums, indices, sums),
+                clock.now,
+            ),
+        )
+
+    def settled(self, held: Held) -> Held:
+        """Brings all rows up to date, a block of rows at a time."""
+        w, moments, clock = held
+        size = min(BLOCK, w.shape[0])
+        if not size:
+            return held
+        now, real = clock.now, jnp.ones(size, bool)
+
+        def block(number: Array, arrays: list[Any]) -> list[Any]:
+            # The last block overlaps the one before: rows that are up to date stay as they are.
+            start = number * size
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), arrays)
+            new = self._catch_up(rows[0], rows[1], rows[2], rows[3], real, now)
+            return jax.tree.map(
+                lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), arrays, list(new)
+            )
+
+        arrays = [w, moments, clock.last_step, clock.sums]
+        blocks = -(-w.shape[0] // size)
+        w, moments, last, sums = jax.lax.fori_loop(0, blocks, block, arrays)
+        return w, moments, RowClock(last, sums, now)
+
+    def _catch_up(
+        self,
+        w: Array,
+        moments: dict[str, Array],
+        last: Array,
+        then: Array,
+        real: Array,
+        now: Array,
+    ) -> tuple[Array, dict[str, Array], Array, Array]:
+        """A block of rows, its moments, last steps and sums, as of the present."""
+        missed = jnp.where(real, behind(self.step, last), 0)
+        agrees = self.agrees(now)
+        w, moments = catch_up(self.rest, self.ledger, self.counts, w, moments, missed, then, now)
+        # What padding writes is dropped. The old values make each write wait for its read; else
+        # XLA would copy the whole array first.
+        last = jnp.where(real, self.step, last)
+        return nan_where(~agrees, w), moments, last, jnp.where(real[:, None], now, then)
+
+    def advanced(self, update: Any, clock: RowClock) -> tuple[Any, RowClock]:
+        """The update of one step with rows that are behind made NaN, and the clock after it."""
+        agrees, step = self.agrees(clock.now), self.step + 1
+        now = nan_where(~agrees, self.ledger.advance(clock.now, self.counts))
+        if not isinstance(update, RowSparse):
+            late = behind(self.step, clock.last_step) != 0
+            self._check_late(late)
+            late = late.reshape(-1, *(1,) * (update.ndim - 1)) | ~agrees
+            sums = jnp.broadcast_to(now, clock.sums.shape)
+            clock = RowClock(jnp.full_like(clock.last_step, step), sums, now)
+            return jnp.where(late, jnp.nan, update), clock
+        indices = update.indices
+        real, last = indices < update.num_rows, gather_rows(clock.last_step, indices)
+        late = real & (behind(self.step, last) != 0)
+        self._check_late(late)
+        late = late.reshape(-1, *(1,) * (update.ndim - 1)) | ~agrees
+        rows = jnp.where(late, jnp.nan, update.rows)
+        sums = jnp.broadcast_to(now, (*indices.shape, *now.shape))
+        clock = RowClock(
+            set_rows(clock.last_step, indices, jnp.where(real, step, last)),
+            set_rows(clock.sums, indices, sums),
+            now,
+        )
+        return RowSparse._make(indices, rows, update.shape, True), clock
+
+    def agrees(self, now: Array) -> Array:
+        """Whether the state's sums are of this optimizer's schedules, `[]` bool."""
+        agrees = self.ledger.agrees(now, self.counts)
+        if is_concrete(agrees) and not bool(agrees):
+            raise ValueError(
+                message(
+                    f"tx.settle or tx.update: {self.name} has an opt_state of another learning "
+                    "rate, schedule or decay than tx.",
+                    "sums of steps to come that are not those of this tx",
+                    "params, inner = old_tx.to_dense(params, opt_state); "
+                    "opt_state = new_tx.from_dense(params, inner)",
+                )
+            )
+        return agrees
+
+    def _check_late(self, late: Array) -> None:
+        if is_concrete(late) and bool(jnp.any(late)):
+            raise ValueError(
+                message(
+                    "tx.update(grads, opt_state, params): rows with a gradient are not up to date.",
+                    f"{int(jnp.sum(late))} rows of {self.name} that missed steps",
+                    "params, opt_state = tx.settle(params, opt_state, se.touched(loss_fn)(params, "
+                    "batch)) before the gradient is taken, or se.train_step, which does so",
+                )
+            )

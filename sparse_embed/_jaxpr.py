@@ -14,6 +14,7 @@ from jax import Array
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
+from jax.interpreters import partial_eval
 
 # A message names the user's line, not one of this package.
 source_info_util.register_exclusion(os.path.dirname(os.path.abspath(__file__)) + os.sep)
@@ -97,3 +98,8 @@ def is_float(aval: Any) -> bool:
 def as_jaxpr(fun: Any, *args: Any) -> tuple[Any, Sequence[Any]]:
     """Traces `fun` at `args` (arrays or ShapeDtypeStructs): `(jaxpr, consts)`."""
     return open_jaxpr(jax.make_jaxpr(fun)(*args))
+
+
+def used_inputs(jaxpr: Any) -> list[bool]:
+    """For each input of an open jaxpr, whether some output depends on its value."""
+    return list(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])

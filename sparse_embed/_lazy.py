@@ -11,7 +11,8 @@ from jax import Array
 from sparse_embed._errors import describe, message
 from sparse_embed._layout import StateLayout, check_state, state_layout
 from sparse_embed._row_sparse import is_row_sparse, summed
-from sparse_embed._update import Update, check_separable, run_update
+from sparse_embed._separable import check_separable
+from sparse_embed._update import Update, run_update
 
 
 class LazyState(NamedTuple):

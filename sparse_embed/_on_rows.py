@@ -120,6 +120,9 @@ class OnRows:
         if spread and p["shape"] and p["shape"][0] in self.heights.values():
             block = bind(eqn, values, shape=(1, *p["shape"][1:]))[0]
             return [Rows(block, None, known(values[0]))]
+        if eqn.primitive.name in ELEMENTWISE and all(known(v) is not None for v in values):
+            with jax.ensure_compile_time_eval():  # a number stays a known one
+                return bind(eqn, values)
         return bind(eqn, values)
 
     def _row_wise(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:

@@ -1,6 +1,7 @@
 """`train_step`: the usual training step, jitted and donated."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from sparse_embed._errors import describe, message
 from sparse_embed._grad import value_and_grad
 from sparse_embed._lazy import LazyState
 from sparse_embed._row_sparse import is_row_sparse
+from sparse_embed._settled import settled
 from sparse_embed._touched import touched
 
 
@@ -39,11 +41,12 @@ def train_step(
 
     `loss, grads = se.value_and_grad(loss_fn)(params, *args)`, `updates = tx.update(grads,
     opt_state, params, value=loss)`, `params = optax.apply_updates(params, updates)`. Both trees
-    are donated: use the returned ones, the ones passed in are gone.
+    are donated: use the returned ones, the ones passed in are gone. With an optimizer of
+    `se.exact` the rows that the loss reads are settled first, in the same step.
 
     Args:
       loss_fn: the loss, `loss_fn(params, *args)` for the default `argnums`.
-      tx: the optimizer, `se.lazy(...)`.
+      tx: the optimizer, `se.lazy(...)` or of `se.exact`.
       argnums: where `params` goes among the arguments of `loss_fn`. Several numbers take `params`
         as a tuple.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
@@ -77,12 +80,15 @@ def train_step(
     gradient = value_and_grad(loss_fn, argnums, has_aux)
 
     settle = getattr(tx, "settle", None)
-    read = touched(loss_fn, argnums)
+    listed = touched(loss_fn, argnums)
+
+    def rows_read(args: tuple[Any, ...], params: Any) -> Any:
+        return listed(*_merge(numbers, params if several else (params,), args))
 
     def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
         if settle is not None:
-            rows = read(*_merge(numbers, params if several else (params,), args))
-            params, opt_state = settle(params, opt_state, rows, coalesced=True)
+            read = partial(rows_read, args)
+            params, opt_state = settled(settle, read, params, opt_state)
         value, grads = gradient(*_merge(numbers, params if several else (params,), args))
         loss = value[0] if has_aux else value
         updates, opt_state = _update(tx, grads, opt_state, params, loss)

@@ -1,6 +1,5 @@
 """One update of an optax transformation over a tree that mixes dense leaves and tables."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +50,9 @@ def run_update(
       ValueError: `inner` needs what the touched rows do not determine.
     """
     param_leaves = None if params is None else jax.tree.leaves(params)
-    program, trees = _trace(job, state, param_leaves, extra)
-    engine = _engine(job, program, trees, state, param_leaves)
-    args = _args(job, engine, state, param_leaves)
+    program, trees = traced(job, state, param_leaves, extra)
+    engine = engine_of(job, program, trees, state, param_leaves)
+    args = arguments(job, engine, state, param_leaves)
     outs = engine.run(program, args)
     updates, new_state = outs[: len(job.grads)], outs[len(job.grads) :]
 
@@ -73,7 +72,7 @@ def run_update(
             for i, name in own[k].items():
                 count = outs[len(job.grads) + i]
                 if isinstance(count, Refused):
-                    raise ValueError(_refusal(count.reason))
+                    raise ValueError(refusal(count.reason))
                 rows = count.block if isinstance(count, PerRow) else count
                 new_counts[name][k] = set_rows(row_counts[name][k], grad.indices, rows)
     return (
@@ -83,52 +82,8 @@ def run_update(
     )
 
 
-def check_separable(
-    inner: optax.GradientTransformationExtraArgs,
-    params: Any,
-    layout: StateLayout,
-    tables: Sequence[int],
-) -> None:
-    """Refuses a transformation that can update no table by its touched rows.
-
-    It is tried out, by shape alone, as if every leaf were a table. A transformation may treat some
-    leaves as matrices (`muon` beside `adam` in one `partition`); then this waits for the
-    gradients to tell which leaves are tables.
-
-    Raises:
-      ValueError: every leaf that may be a table is refused. With name and reason.
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    grads = list(leaves)
-    for k in tables:
-        shape = jnp.shape(leaves[k])
-        n = min(2, shape[0])
-        rows = jnp.zeros((n, *shape[1:]), leaves[k].dtype)
-        grads[k] = RowSparse._make(jnp.arange(n), rows, shape, True)
-    job = Update(inner, layout, treedef, grads)
-    refused: dict[int, str] = {}
-
-    def attempt(state: list[Any], params: list[Any]) -> None:
-        for extra in ({}, {"value": jnp.float32(0)}):
-            try:
-                program, trees = _trace(job, state, params, extra)
-            except (TypeError, ValueError):  # it asks for arguments that only the loop has
-                continue
-            engine = _engine(job, program, trees, state, params)
-            outs = engine.run(program, _args(job, engine, state, params))
-            for out in outs:
-                if isinstance(out, Refused):
-                    refused.update(dict.fromkeys(out.tables, out.reason))
-            return
-
-    structs = [_struct(x) for x in leaves]
-    jax.eval_shape(attempt, layout.shapes, structs)
-    matrices = [k for k in tables if jnp.ndim(leaves[k]) > 1] or list(tables)
-    if refused and all(k in refused for k in matrices):
-        raise ValueError(_refusal(next(refused[k] for k in matrices)))
-
-
-def _refusal(reason: str) -> str:
+def refusal(reason: str) -> str:
+    """The message for an `inner` that cannot be run on rows."""
     return message(
         "se.lazy(inner): inner cannot update a table by its touched rows alone.",
         reason,
@@ -137,10 +92,10 @@ def _refusal(reason: str) -> str:
     )
 
 
-def _trace(job: Update, state: list[Any], params: list[Any] | None, extra: dict) -> Any:
+def traced(job: Update, state: list[Any], params: list[Any] | None, extra: dict) -> Any:
     """The program of one update, `(jaxpr, consts)`, and the trees of what it returns."""
     trees: list[Any] = []
-    structs = [_struct(g) for g in job.grads]
+    structs = [struct(g) for g in job.grads]
 
     def update(grads: list[Any], state: list[Any], params: list[Any] | None) -> list[Any]:
         updates, new_state = job.inner.update(
@@ -155,12 +110,12 @@ def _trace(job: Update, state: list[Any], params: list[Any] | None, extra: dict)
     return as_jaxpr(update, structs, state, params), trees
 
 
-def _struct(x: Any) -> jax.ShapeDtypeStruct:
+def struct(x: Any) -> jax.ShapeDtypeStruct:
     dtype = x.dtype if isinstance(x, RowSparse) else jnp.result_type(x)
     return jax.ShapeDtypeStruct(x.shape if isinstance(x, RowSparse) else jnp.shape(x), dtype)
 
 
-def _engine(
+def engine_of(
     job: Update, program: Any, trees: list[Any], state: list[Any], params: list[Any] | None
 ) -> OnRows:
     """What runs the program on the touched rows; its results must be the trees that went in."""
@@ -169,7 +124,7 @@ def _engine(
         ("state", trees[1], job.layout.treedef),
     ]:
         if tree != same:
-            raise ValueError(_refusal(f"its update turns the {name} into another tree, {tree}"))
+            raise ValueError(refusal(f"its update turns the {name} into another tree, {tree}"))
     tables = job.tables
     return OnRows(
         {k: g.num_rows for k, g in tables.items()},
@@ -179,7 +134,7 @@ def _engine(
     )
 
 
-def _args(job: Update, engine: OnRows, state: list[Any], params: list[Any] | None) -> list[Any]:
+def arguments(job: Update, engine: OnRows, state: list[Any], params: list[Any] | None) -> list[Any]:
     """The program's inputs, with the touched rows in place of each table."""
     tables = job.tables
 
@@ -201,7 +156,7 @@ def _as_update(job: Update, engine: OnRows, k: int, value: Any) -> Any:
         return _as_array(value, jnp.shape(grad))
     rows = engine.block(value, k, grad.rows.shape[0])
     if isinstance(rows, Refused):
-        raise ValueError(_refusal(rows.reason))
+        raise ValueError(refusal(rows.reason))
     real = engine.real[k].reshape(-1, *(1,) * (grad.ndim - 1))
     return RowSparse._make(grad.indices, jnp.where(real, rows, 0), grad.shape, True)
 
@@ -215,7 +170,7 @@ def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
     grad = job.tables[table]
     rows = engine.block(new, table, grad.rows.shape[0])
     if isinstance(rows, Refused):
-        raise ValueError(_refusal(rows.reason))
+        raise ValueError(refusal(rows.reason))
     # Padding writes nothing. Giving it the old rows makes the write wait for the read of them, also
     # where the new rows are not made of the old ones; else XLA would copy the whole leaf first.
     real = engine.real[table].reshape(-1, *(1,) * (rows.ndim - 1))
@@ -225,11 +180,11 @@ def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
 
 def _as_array(value: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(value, Refused):
-        raise ValueError(_refusal(value.reason))
+        raise ValueError(refusal(value.reason))
     if isinstance(value, Rows) and value.table is None:
         return jnp.broadcast_to(value.block, shape)
     if isinstance(value, Rows | PerRow):
-        raise ValueError(_refusal("a shared value of its state is made of the rows of one table"))
+        raise ValueError(refusal("a shared value of its state is made of the rows of one table"))
     return value
 
 

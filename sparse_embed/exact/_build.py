@@ -1,6 +1,7 @@
 """Puts together a dense optax optimizer, its `Rest`, `before`, and weight decay."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import optax
 from jax.typing import ArrayLike
 
 from sparse_embed._errors import describe, is_concrete, message
+from sparse_embed.exact._closed_form import ClosedForm
 from sparse_embed.exact._rest import Rest
-from sparse_embed.exact._transform import Exact, ExactTransformation
+from sparse_embed.exact._transform import ExactTransformation
 
 ScalarOrSchedule = ArrayLike | Callable[[Any], Any]
 
@@ -46,16 +48,10 @@ def build(
                 f"se.exact.{name}(..., before=optax.clip_by_global_norm(1.0))",
             )
         )
-    exact = Exact(
-        inner=core if before is None else optax.chain(before, core),
-        core=lambda state: state if before is None else state[1],
-        with_core=lambda state, new: new if before is None else (state[0], new),
-        rest=rest,
-        rate=_schedule(learning_rate),
-        decay=None if is_zero(weight_decay) else _schedule(weight_decay),
-        mask=lambda params: _mask(mask, params),
-    )
-    return exact.transformation()
+    decay = None if is_zero(weight_decay) else _schedule(weight_decay)
+    rate = _schedule(learning_rate)
+    chosen = partial(_mask, mask)
+    return ClosedForm(name, core, before, rest, rate, decay, chosen).transformation()
 
 
 def decayed(

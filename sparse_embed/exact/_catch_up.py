@@ -1,26 +1,18 @@
 """Brings a block of rows up to date: decay, shift, state; term by term where that is needed."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed.exact._ledger import Between, Counts, Ledger, terms
 from sparse_embed.exact._rest import Gap, Moments, Rest
+from sparse_embed.exact._table import Block
 
 CHUNK = 256  # rows that are summed term by term at a time
 
 
 def catch_up(
-    rest: Rest,
-    ledger: Ledger,
-    counts: Counts,
-    w: Array,
-    moments: Mapping[str, Array],
-    missed: Array,
-    then: Array,
-    now: Array,
+    rest: Rest, ledger: Ledger, counts: Counts, block: Block
 ) -> tuple[Array, dict[str, Array]]:
     """Some rows and their state after the steps that they missed.
 
@@ -28,20 +20,17 @@ def catch_up(
       rest: the optimizer.
       ledger: the sums of their table.
       counts: those of the present.
-      w: `[u, *features]`, the rows.
-      moments: their state by field, `[u, *features]` each.
-      missed: `[u]` int32, the steps that each row missed; where 0 nothing changes.
-      then: `[u, k]`, the sums that they keep.
-      now: `[k]`, the sums of the present.
+      block: the rows.
 
     Returns:
       The rows and their state, in the dtypes that they came in.
     """
+    w, moments, missed = block.w, block.moments, block.missed
     column = (-1, *(1,) * (w.ndim - 1))
     wide = {name: x.astype(ledger.dtype) for name, x in moments.items()}
     n = missed.astype(ledger.dtype)
     gap = Gap(n.reshape(column), (counts.ahead(-missed).moments + 1).reshape(column))
-    flat = ledger.between(then, now, n)
+    flat = ledger.between(block.then, block.now, n)
     sums: Between = jax.tree.map(lambda x: x.reshape(column), flat)
 
     new = w.astype(ledger.dtype)

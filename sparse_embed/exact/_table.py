@@ -1,5 +1,6 @@
 """One table under an exact optimizer: rows brought up to date, clocks moved on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,7 @@ from jax import Array
 from sparse_embed._errors import is_concrete, message
 from sparse_embed._row_sparse import RowSparse
 from sparse_embed._segments import gather_rows, nan_where, set_rows
-from sparse_embed.exact._catch_up import catch_up
 from sparse_embed.exact._ledger import Counts, Ledger
-from sparse_embed.exact._rest import Rest
 from sparse_embed.exact._state import RowClock, behind
 
 BLOCK = 4096  # rows that `settle` of a whole table works on at a time
@@ -21,19 +20,34 @@ Held = tuple[Array, dict[str, Array], RowClock]  # the table, its moments by fie
 
 
 @dataclass(frozen=True)
+class Block:
+    """Some rows of a table: `[u]`, `[u, *features]`, or by field."""
+
+    indices: Array
+    w: Array
+    moments: dict[str, Array]
+    missed: Array  # int32 steps; where 0 nothing is to change
+    then: Array  # [u, k] the sums that the rows keep
+    now: Array  # [k] the sums of the present
+
+
+CatchUp = Callable[[Block], tuple[Array, dict[str, Array]]]
+
+
+@dataclass(frozen=True)
 class Table:
     """How one leaf rests, and the time.
 
     Args:
       name: as the user would write the leaf, for messages.
-      rest: what its rows do without a gradient.
+      catch_up: the rows of a block and their moments after the steps that they missed.
       ledger: its running sums.
       step: `[]` int32, steps made.
       counts: the counts of the inner state at this step.
     """
 
     name: str
-    rest: Rest
+    catch_up: CatchUp
     ledger: Ledger
     step: Array
     counts: Counts
@@ -42,7 +56,8 @@ class Table:
         """Brings the rows at ascending, distinct `indices` up to date; others stay as they are."""
         w, moments, clock = held
         real = indices < w.shape[0]
-        block = self._catch_up(
+        block = self._caught_up(
+            indices,
             gather_rows(w, indices),
             {name: gather_rows(x, indices) for name, x in moments.items()},
             gather_rows(clock.last_step, indices),
@@ -73,7 +88,8 @@ class Table:
             # The last block overlaps the one before: rows that are up to date stay as they are.
             start = number * size
             rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), arrays)
-            new = self._catch_up(rows[0], rows[1], rows[2], rows[3], real, now)
+            indices = jnp.minimum(start, w.shape[0] - size) + jnp.arange(size)
+            new = self._caught_up(indices, rows[0], rows[1], rows[2], rows[3], real, now)
             return jax.tree.map(
                 lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), arrays, list(new)
             )
@@ -83,8 +99,9 @@ class Table:
         w, moments, last, sums = jax.lax.fori_loop(0, blocks, block, arrays)
         return w, moments, RowClock(last, sums, now)
 
-    def _catch_up(
+    def _caught_up(
         self,
+        indices: Array,
         w: Array,
         moments: dict[str, Array],
         last: Array,
@@ -95,7 +112,7 @@ class Table:
         """A block of rows, its moments, last steps and sums, as of the present."""
         missed = jnp.where(real, behind(self.step, last), 0)
         agrees = self.agrees(now)
-        w, moments = catch_up(self.rest, self.ledger, self.counts, w, moments, missed, then, now)
+        w, moments = self.catch_up(Block(indices, w, moments, missed, then, now))
         # What padding writes is dropped. The old values make each write wait for its read; else
         # XLA would copy the whole array first.
         last = jnp.where(real, self.step, last)

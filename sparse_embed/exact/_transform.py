@@ -1,7 +1,7 @@
-"""An exact optimizer, from its dense one and its `Rest`: init, settle, update."""
+"""What all exact optimizers share: init, settle, update, conversion."""
 
+import abc
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._errors import describe, message, path_name
+from sparse_embed._errors import describe, message
 from sparse_embed._lazy import LazyState, lazy
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._segments import distinct, flat_indices
-from sparse_embed.exact._ledger import Ledger, Schedule
-from sparse_embed.exact._rest import Rest
-from sparse_embed.exact._state import ExactState, RowClock, counts, moments, with_moments
+from sparse_embed.exact._state import ExactState, RowClock
 from sparse_embed.exact._table import Table
 
 
@@ -49,27 +47,29 @@ class ExactTransformation(optax.GradientTransformationExtraArgs):
     to_dense: Callable[[Any, ExactState], tuple[Any, Any]]
 
 
-@dataclass(frozen=True)
-class Exact:
-    """What an exact optimizer is made of.
+class Exact(abc.ABC):
+    """Init, settle and update of an exact optimizer, but for how rows catch up."""
 
-    Args:
-      inner: the dense optimizer, `before` included.
-      core: from the state of `inner` to that of the optimizer without `before`.
-      with_core: `(state of inner, core state) -> state of inner`.
-      rest: what rows do without a gradient.
-      rate: the learning rate at a count.
-      decay: the decoupled weight decay at a count, or `None`.
-      mask: for a tree of parameters, which of its leaves decay.
-    """
+    @property
+    @abc.abstractmethod
+    def inner(self) -> optax.GradientTransformation:
+        """The dense optimizer."""
 
-    inner: optax.GradientTransformation
-    core: Callable[[Any], Any]
-    with_core: Callable[[Any, Any], Any]
-    rest: Rest
-    rate: Schedule
-    decay: Schedule | None
-    mask: Callable[[Any], Any]
+    @abc.abstractmethod
+    def tables(self, params: Any, inner_state: Any, step: Array) -> dict[int, Table]:
+        """The leaves on which something happens in a gap."""
+
+    @abc.abstractmethod
+    def held(self, params: Any, inner_state: Any) -> list[dict[str, Array]]:
+        """For each leaf of the parameters the arrays of the state that hold its rows."""
+
+    @abc.abstractmethod
+    def with_held(self, params: Any, inner_state: Any, held: list[dict[str, Array]]) -> Any:
+        """The state with these arrays put in."""
+
+    @abc.abstractmethod
+    def check(self, params: Any) -> None:
+        """Raises where the optimizer cannot be exact for these parameters."""
 
     def transformation(self) -> ExactTransformation:
         tx = ExactTransformation(self.init, self.update)
@@ -77,13 +77,15 @@ class Exact:
         return tx
 
     def init(self, params: Any) -> ExactState:
-        return self.from_dense(params, lazy(self.inner).init(params).inner_state)
+        inner_state = lazy(self.inner).init(params).inner_state
+        self.check(params)
+        return self.from_dense(params, inner_state)
 
     def from_dense(self, params: Any, inner_state: Any) -> ExactState:
         step = jnp.zeros((), jnp.int32)
         leaves, treedef = _flat(params)
         clocks: list[Any] = [None] * len(leaves)
-        for k, table in self._tables(params, inner_state, step).items():
+        for k, table in self.tables(params, inner_state, step).items():
             now, rows = table.ledger.start(table.counts), jnp.shape(leaves[k])[0]
             clocks[k] = RowClock(jnp.zeros(rows, jnp.int32), jnp.tile(now, (rows, 1)), now)
         return ExactState(inner_state, step, treedef.unflatten(clocks))
@@ -98,22 +100,20 @@ class Exact:
         _check_state("tx.settle(params, opt_state)", state)
         leaves, treedef = _flat(params)
         clocks = treedef.flatten_up_to(state.clocks)
-        core = self.core(state.inner_state)
-        held = moments(core, self.rest.fields, treedef)
+        held = self.held(params, state.inner_state)
         listed = None if ids is None else _listed(treedef, ids)
-        for k, table in self._tables(params, state.inner_state, state.step).items():
-            own = leaves[k], {name: x[k] for name, x in held.items()}, clocks[k]
+        for k, table in self.tables(params, state.inner_state, state.step).items():
+            own = leaves[k], held[k], clocks[k]
             if listed is None:
                 own = table.settled(own)
             elif listed[k] is not None:
                 rows = jnp.shape(leaves[k])[0]
                 indices = listed[k] if coalesced else _distinct(listed[k], rows)
                 own = table.settled_rows(indices, own)
-            leaves[k], after, clocks[k] = own
-            for name, x in after.items():
-                held[name][k] = x
-        inner = self.with_core(state.inner_state, with_moments(core, held, treedef))
-        return treedef.unflatten(leaves), ExactState(inner, state.step, treedef.unflatten(clocks))
+            leaves[k], held[k], clocks[k] = own
+        inner_state = self.with_held(params, state.inner_state, held)
+        settled = ExactState(inner_state, state.step, treedef.unflatten(clocks))
+        return treedef.unflatten(leaves), settled
 
     def update(self, grads: Any, state: ExactState, params: Any = None, **extra: Any) -> Any:
         _check_state("tx.update(grads, opt_state, params)", state)
@@ -123,25 +123,10 @@ class Exact:
         clocks = treedef.flatten_up_to(state.clocks)
         shapes = [jax.ShapeDtypeStruct(jnp.shape(u), jnp.result_type(u)) for u in leaves]
         like = treedef.unflatten(shapes) if params is None else params
-        for k, table in self._tables(like, state.inner_state, state.step).items():
+        for k, table in self.tables(like, state.inner_state, state.step).items():
             leaves[k], clocks[k] = table.advanced(leaves[k], clocks[k])
         clocked = ExactState(new.inner_state, state.step + 1, treedef.unflatten(clocks))
         return treedef.unflatten(leaves), clocked
-
-    def _tables(self, params: Any, inner_state: Any, step: Array) -> dict[int, Table]:
-        """The leaves on which something happens in a gap."""
-        made = counts(self.core(inner_state), step)
-        with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
-        masks = jax.tree.leaves(self.mask(params))
-        found = {}
-        for k, ((path, leaf), mask) in enumerate(zip(with_paths, masks, strict=True)):
-            decay = self.decay if mask else None
-            if jnp.ndim(leaf) and (self.rest.fields or decay):
-                dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-                rest = self.rest.rounded(dtype)
-                ledger = Ledger(self.rate, decay, rest.drifts, rest.kernels(), dtype)
-                found[k] = Table(path_name(path), rest, ledger, step, made)
-        return found
 
 
 def _flat(tree: Any) -> tuple[list[Any], Any]:

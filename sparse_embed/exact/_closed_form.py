@@ -1,0 +1,97 @@
+"""An exact optimizer whose rows catch up in closed form."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sparse_embed._errors import message, path_name
+from sparse_embed._layout import state_layout
+from sparse_embed._separable import moved_without_gradient
+from sparse_embed.exact._catch_up import catch_up
+from sparse_embed.exact._ledger import Ledger, Schedule
+from sparse_embed.exact._rest import Rest
+from sparse_embed.exact._state import counts, moments, with_moments
+from sparse_embed.exact._table import Table
+from sparse_embed.exact._transform import Exact
+
+
+@dataclass(frozen=True)
+class ClosedForm(Exact):
+    """`optax.chain(before, core)`, exactly.
+
+    Args:
+      name: as the user wrote it, for messages.
+      core: the dense optimizer without `before`.
+      before: what is applied to the gradients first, or `None`.
+      rest: what rows do without a gradient.
+      rate: the learning rate at a count.
+      decay: the decoupled weight decay at a count, or `None`.
+      mask: for a tree of parameters, which of its leaves decay.
+    """
+
+    name: str
+    core: optax.GradientTransformation
+    before: optax.GradientTransformation | None
+    rest: Rest
+    rate: Schedule
+    decay: Schedule | None
+    mask: Callable[[Any], Any]
+
+    @property
+    def inner(self) -> optax.GradientTransformation:
+        return self.core if self.before is None else optax.chain(self.before, self.core)
+
+    def tables(self, params: Any, inner_state: Any, step: Array) -> dict[int, Table]:
+        made = counts(self._core_of(inner_state), step)
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+        masks = jax.tree.leaves(self.mask(params))
+        found = {}
+        for k, ((path, leaf), mask) in enumerate(zip(with_paths, masks, strict=True)):
+            decay = self.decay if mask else None
+            if jnp.ndim(leaf) and (self.rest.fields or decay):
+                dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+                rest = self.rest.rounded(dtype)
+                ledger = Ledger(self.rate, decay, rest.drifts, rest.kernels(), dtype)
+                own = partial(catch_up, rest, ledger, made)
+                found[k] = Table(path_name(path), own, ledger, step, made)
+        return found
+
+    def held(self, params: Any, inner_state: Any) -> list[dict[str, Array]]:
+        leaves, treedef = jax.tree.flatten(params)
+        fields = moments(self._core_of(inner_state), self.rest.fields, treedef)
+        return [{name: own[k] for name, own in fields.items()} for k in range(len(leaves))]
+
+    def with_held(self, params: Any, inner_state: Any, held: list[dict[str, Array]]) -> Any:
+        treedef = jax.tree.structure(params)
+        fields = {name: [own[name] for own in held] for name in self.rest.fields}
+        core = with_moments(self._core_of(inner_state), fields, treedef)
+        return core if self.before is None else (inner_state[0], core)
+
+    def check(self, params: Any) -> None:
+        """`before` must leave a gradient of zero at zero."""
+        if self.before is None:
+            return
+        before = optax.with_extra_args_support(self.before)
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+        tables = [k for k, (_, x) in enumerate(with_paths) if jnp.ndim(x) and jnp.size(x)]
+        layout = state_layout(before, params, tables)
+        moved = moved_without_gradient(before, params, layout, tables)
+        if moved:
+            raise ValueError(
+                message(
+                    f"se.exact.{self.name}(..., before=...): before moves rows that have no "
+                    "gradient, which has no closed form.",
+                    ", ".join(path_name(with_paths[k][0]) for k in moved),
+                    f"weight_decay=... for se.exact.{self.name} in place of "
+                    "add_decayed_weights, or se.exact.replay(optax.chain(before, ...))",
+                )
+            )
+
+    def _core_of(self, inner_state: Any) -> Any:
+        return inner_state if self.before is None else inner_state[1]

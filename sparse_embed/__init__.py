@@ -12,6 +12,8 @@ from sparse_embed._lazy import lazy as lazy
 from sparse_embed._lookup import lookup as lookup
 from sparse_embed._norms import clip_by_global_norm as clip_by_global_norm
 from sparse_embed._norms import global_norm as global_norm
+from sparse_embed._params_ema import ParamsEmaState as ParamsEmaState
+from sparse_embed._params_ema import params_ema as params_ema
 from sparse_embed._renorm import renorm as renorm
 from sparse_embed._report import AuditReport as AuditReport
 from sparse_embed._row_sparse import RowSparse as RowSparse

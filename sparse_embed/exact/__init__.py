@@ -9,6 +9,7 @@ from sparse_embed.exact._adamax import adabelief as adabelief
 from sparse_embed.exact._adamax import adamax as adamax
 from sparse_embed.exact._adamax import adamaxw as adamaxw
 from sparse_embed.exact._adamax import yogi as yogi
+from sparse_embed.exact._replay import replay as replay
 from sparse_embed.exact._rmsprop import adadelta as adadelta
 from sparse_embed.exact._rmsprop import rmsprop as rmsprop
 from sparse_embed.exact._sgd import adagrad as adagrad

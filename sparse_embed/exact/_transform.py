@@ -77,8 +77,8 @@ class Exact(abc.ABC):
         return tx
 
     def init(self, params: Any) -> ExactState:
-        inner_state = lazy(self.inner).init(params).inner_state
         self.check(params)
+        inner_state = lazy(self.inner).init(params).inner_state
         return self.from_dense(params, inner_state)
 
     def from_dense(self, params: Any, inner_state: Any) -> ExactState:

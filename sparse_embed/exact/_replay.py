@@ -1,0 +1,209 @@
+"""`replay`: any row-separable optimizer, exactly, by making the steps that rows missed."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sparse_embed._errors import describe, message, path_name
+from sparse_embed._layout import StateLayout, check_state, state_layout
+from sparse_embed.exact._ledger import Counts, Ledger
+from sparse_embed.exact._rest_step import Program, RestStep, program_of
+from sparse_embed.exact._table import Block, Table
+from sparse_embed.exact._transform import Exact, ExactTransformation
+
+
+def replay(inner: optax.GradientTransformation) -> ExactTransformation:
+    """Any row-separable optax transformation, exactly: missed steps are made up one by one.
+
+    Before it is read, a row that missed n steps gets n updates of `inner` with the gradient zero,
+    at the counts of those steps. That is the dense optimizer's own arithmetic, at the cost of the
+    longest gap times the rows of a block: for where there is no closed form, or gaps are short.
+
+    Args:
+      inner: the dense optimizer. What moves a row without a gradient must be that row, its state,
+        and counts that go up by one each step.
+
+    Returns:
+      The transformation, with `settle`.
+
+    Raises:
+      TypeError: `inner` is not an optax transformation.
+      ValueError: at `init`, where `inner` needs the whole matrix, or where a row without a
+        gradient depends on anything else, such as the loss or gradients of other rows.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sparse_embed as se
+      >>> tx = se.exact.replay(optax.adan(0.1))
+      >>> params = {"table": jnp.ones((1000, 2))}
+      >>> step = se.train_step(lambda p, ids: p["table"][ids].sum(), tx)
+      >>> params, opt_state, _ = step(params, tx.init(params), jnp.array([3]))
+      >>> params, opt_state, loss = step(params, opt_state, jnp.array([8]))
+      >>> params, opt_state = tx.settle(params, opt_state)
+      >>> params["table"][3, 0].item() < 0.9
+      True
+    """
+    if not callable(getattr(inner, "update", None)):
+        raise TypeError(
+            message(
+                "se.exact.replay(inner): inner must be an optax transformation.",
+                describe(inner),
+                "se.exact.replay(optax.adan(1e-3))",
+            )
+        )
+    return Replay(optax.with_extra_args_support(inner)).transformation()
+
+
+@dataclass(frozen=True)
+class Replay(Exact):
+    """`dense`, with missed steps made up one by one."""
+
+    dense: optax.GradientTransformationExtraArgs
+
+    @property
+    def inner(self) -> optax.GradientTransformation:
+        return self.dense
+
+    def tables(self, params: Any, inner_state: Any, step: Array) -> dict[int, Table]:
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+        layout = self._layout(params)
+        state = check_state(layout, inner_state)
+        leaves = [leaf for _, leaf in with_paths]
+        program = program_of(self.dense, params, layout)
+        none = Ledger(lambda count: 0.0, None, False, (), jnp.float32)
+        counts = Counts(step, step, step)
+        return {
+            k: Table(
+                path_name(path),
+                partial(self._catch_up, program, leaves, layout, state, k),
+                none,
+                step,
+                counts,
+            )
+            for k, (path, _) in enumerate(with_paths)
+            if _runs_on_rows(program, leaves, layout, k)
+        }
+
+    def held(self, params: Any, inner_state: Any) -> list[dict[str, Array]]:
+        layout = self._layout(params)
+        state = check_state(layout, inner_state)
+        return [
+            {str(i): state[i] for i, table in enumerate(layout.table) if table == k}
+            for k in range(len(jax.tree.leaves(params)))
+        ]
+
+    def with_held(self, params: Any, inner_state: Any, held: list[dict[str, Array]]) -> Any:
+        layout = self._layout(params)
+        state = check_state(layout, inner_state)
+        for own in held:
+            for i, rows in own.items():
+                state[int(i)] = rows
+        return layout.treedef.unflatten(state)
+
+    def check(self, params: Any) -> None:
+        """Rows without a gradient must not depend on what is not known of missed steps."""
+        _refuse_accumulators(jax.eval_shape(self.dense.init, params))
+        layout = self._layout(params)
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+        if not all(isinstance(d, int) for _, x in with_paths for d in jnp.shape(x)):
+            return
+        program = program_of(self.dense, params, layout)
+        leaves = jax.tree.leaves(params)
+        with jax.ensure_compile_time_eval():
+            for k, (path, _) in enumerate(with_paths):
+                if not _runs_on_rows(program, leaves, layout, k):
+                    continue  # lazy(inner) refuses it, if it turns out to be a table
+                if not _alike(*(_tried(program, leaves, layout, k, x) for x in (1.0, 2.5))):
+                    raise ValueError(
+                        message(
+                            "se.exact.replay(inner): a row without a gradient is moved by more "
+                            "than itself and the step count, so missed steps cannot be made up.",
+                            f"the update of {path_name(path)} depends on the loss, gradients of "
+                            "other rows, or a number of the state that is no step count",
+                            "se.lazy(inner), or that transform outside of se.exact.replay",
+                        )
+                    )
+
+    def _layout(self, params: Any) -> StateLayout:
+        leaves = jax.tree.leaves(params)
+        tables = [k for k, x in enumerate(leaves) if jnp.ndim(x) and jnp.size(x)]
+        return state_layout(self.dense, params, tables)
+
+    def _catch_up(
+        self,
+        program: Program,
+        leaves: list[Any],
+        layout: StateLayout,
+        state: list[Any],
+        k: int,
+        block: Block,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The rows of a block after the steps that they missed, oldest step first."""
+        one_step = RestStep(program, leaves, layout, state, k)
+        longest = jnp.max(block.missed)
+
+        def step(made: Array, rows: tuple[Array, dict[str, Array]]) -> Any:
+            left = longest - made
+            new = one_step(block.indices, *rows, left)
+            due = block.missed >= left
+
+            def chosen(new: Array, old: Array) -> Array:
+                return jnp.where(due.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+            return jax.tree.map(chosen, new, rows)
+
+        return jax.lax.fori_loop(0, longest, step, (block.w, block.moments))
+
+
+def _refuse_accumulators(inner_state: Any) -> None:
+    kinds = (optax.MultiStepsState, optax.ApplyEvery)
+    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
+    for node in nodes:
+        if isinstance(node, kinds):
+            raise ValueError(
+                message(
+                    "se.exact.replay(inner): inner gathers gradients over several steps, so a step "
+                    "without a gradient may still move a row by an earlier one.",
+                    f"a state of type {type(node).__name__}",
+                    "grads = grads_1 + grads_2 for a table's RowSparse gradients, then one update",
+                )
+            )
+
+
+def _runs_on_rows(program: Program, leaves: list[Any], layout: StateLayout, k: int) -> bool:
+    if not (jnp.ndim(leaves[k]) and jnp.size(leaves[k])):
+        return False
+    try:
+        jax.eval_shape(lambda: _tried(program, leaves, layout, k, 1.0))
+    except ValueError:
+        return False
+    return True
+
+
+def _tried(program: Program, leaves: list[Any], layout: StateLayout, k: int, unknown: float) -> Any:
+    """A rest step on made-up rows."""
+    state = [_made_up(x) for x in layout.shapes]
+    one_step = RestStep(program, leaves, layout, state, k, unknown)
+    own = {
+        str(i): 0.5 * jnp.ones((2, *x.shape[1:]), x.dtype)
+        for i, x in enumerate(layout.shapes)
+        if layout.table[i] == k
+    }
+    w = 0.7 * jnp.ones((2, *jnp.shape(leaves[k])[1:]), jnp.result_type(leaves[k]))
+    return one_step(jnp.arange(2), w, own, jnp.int32(3))
+
+
+def _made_up(x: Any) -> Array:
+    """A leaf of a state: counts at 10, numbers at 0.5."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0)
+    return jnp.full(x.shape, 0.5 if jnp.issubdtype(x.dtype, jnp.floating) else 10, x.dtype)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    same = jax.tree.map(lambda x, y: jnp.allclose(x, y, rtol=1e-5, equal_nan=True), a, b)
+    return all(map(bool, jax.tree.leaves(same)))

@@ -16,6 +16,14 @@ def steps(monkeypatch):
     return importlib.import_module("steps")
 
 
+@pytest.fixture
+def distance(monkeypatch):
+    """The module `benchmarks/distance.py`."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module("distance")
+
+
 @pytest.mark.parametrize("table", ["flat", "pooled", "tall", "phases"])
 def test_steps(steps, table, tmp_path, capsys):
     out = tmp_path / "out.json"
@@ -42,3 +50,30 @@ def test_ways_train_alike(steps):
     for params in found.values():
         for other in params[1:]:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), params[0], other)
+
+
+def test_distance(distance, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    distance.main(["--tiny", "--json", str(out)])
+    printed = capsys.readouterr().out
+    assert "| distance |" in printed and printed == out.with_suffix(".md").read_text()
+    assert out.with_suffix(".svg").read_text().count("training step -->") == 2
+    for run in json.loads(out.read_text())["runs"]:
+        ends = {name: found["distance"][-1] for name, found in run["rules"].items()}
+        assert ends.pop("dense") == 0
+        assert ends.pop("`se.exact`, settled") < 1e-5
+        assert len(ends) == 3 and min(ends.values()) > 0.1
+
+
+def test_rules_agree_without_gaps(distance):
+    """Where every step reads every row, all rules are Adam."""
+    ids, target = np.arange(5).repeat(2), np.linspace(-1, 1, 10)[:, None].astype(np.float32)
+    found = {}
+    for name, rule in distance.rules(lambda count: 0.1 / (1 + count)).items():
+        params = {"table": jax.numpy.zeros((5, 1))}
+        state = rule.init(params)
+        for _ in range(4):
+            params, state, _ = rule.step(params, state, ids, target)
+        found[name] = rule.read(params, state)["table"]
+    for name, table in found.items():
+        np.testing.assert_allclose(table, found["dense"], rtol=1e-5, err_msg=name)

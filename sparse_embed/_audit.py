@@ -123,7 +123,7 @@ def _tables(program: Program) -> tuple[set[tuple[int, ...]], list[str]]:
 
 
 def _is_table_sized(shape: tuple[int, ...] | None, tables: set[tuple[int, ...]]) -> bool:
-    if not shape:
+    if not shape or 0 in shape:
         return False
     return any(table[0] in shape or math.prod(shape) == math.prod(table) for table in tables)
 

@@ -79,6 +79,14 @@ def lazy(
                 "se.lazy(optax.adam(1e-3))",
             )
         )
+    if hasattr(inner, "settle"):
+        raise TypeError(
+            message(
+                "se.lazy(inner): inner is an optimizer of se.exact, which is already row-sparse.",
+                describe(inner),
+                "tx = se.exact.adam(1e-3, before=chain) as it is, or se.lazy(optax.adam(1e-3))",
+            )
+        )
     if clock not in ("global", "row"):
         raise ValueError(
             message(f"se.lazy(inner, clock={clock!r})", repr(clock), 'clock="global" or "row"')

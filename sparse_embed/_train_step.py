@@ -112,7 +112,7 @@ def _update(
         return optax.with_extra_args_support(tx).update(grads, opt_state, params, value=loss)
     except (TypeError, ValueError) as error:
         sparse = any(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
-        if sparse and not isinstance(opt_state, LazyState):
+        if sparse and not (isinstance(opt_state, LazyState) or hasattr(tx, "settle")):
             error.add_note(
                 "In se.train_step(loss_fn, tx): a stock optax transformation cannot take the "
                 "gradients of a table.\n  write: tx = se.lazy(optax.chain(...)), whole chain inside"

@@ -111,3 +111,47 @@ def test_movielens_uses_a_wheel_that_is_there(monkeypatch, tmp_path):
     data = movielens.load(tmp_path)
     assert [x.tolist() for x in (data.user, data.item, data.rating)] == [[0], [1], [4.0]]
     assert data.year.tolist() == [0, 1995] and data.genres == [["Drama"], ["War", "Drama"]]
+
+
+def test_rare_rows_exact_ends_like_dense_and_lazy_elsewhere(capsys):
+    rare_rows = importlib.import_module("rare_rows")
+    small = "--synthetic --epochs 4 --lrs 0.01 --l2s 0.1 --dim 3 --seeds 1 --rows"
+    result = rare_rows.main(small.split())
+
+    table = result["table"]
+    assert set(table) == {"dense", "lazy", "exact"}  # with one rate there is none to choose
+    for name in ("rmse", "rare", "loss"):
+        assert table["exact"][name] == pytest.approx(table["dense"][name], rel=1e-5)
+        assert table["lazy"][name] != pytest.approx(table["dense"][name], rel=1e-4)
+    assert table["dense"]["rmse"] < 1.05  # 1.12 is the deviation of the ratings
+    assert table["exact"]["off"] < 1e-4 and table["lazy"]["off"] > 0.01
+    assert "test ratings are of items rated <= 10 times" in capsys.readouterr().out
+
+
+def test_rare_rows_times_each_mode_at_a_height(monkeypatch):
+    rare_rows = importlib.import_module("rare_rows")
+    monkeypatch.setattr(rare_rows, "MODES", ("dense", "lazy"))  # exact is slow to compile
+    args = rare_rows.parse(["--timed-steps", "2"])
+    timings = rare_rows.time_steps(importlib.import_module("movielens").synthetic(), 4096, args)
+    assert set(timings) == {"dense", "lazy", "settle"}
+    assert all(ms > 0 for ms in timings.values())
+
+
+def test_rare_rows_spreads_ids_over_a_taller_table():
+    columns = importlib.import_module("rare_rows").make_columns
+    data = importlib.import_module("movielens").synthetic()
+    tall = columns(data, 4096)
+    for name, ids in (("user", data.user), ("item", data.item)):
+        pairs = set(zip(ids, tall[name], strict=True))  # one row for each id, and back
+        assert len(pairs) == len(set(ids)) == len(set(tall[name]))
+        assert tall[name].max() > 2048
+
+
+def test_rare_rows_help_explains_every_option(capsys):
+    rare_rows = importlib.import_module("rare_rows")
+    with pytest.raises(SystemExit):
+        rare_rows.main(["--help"])
+    explained = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    options = [word for word in explained.split() if word.startswith("--")]
+    assert {"--rows", "--rare", "--lrs", "--seeds", "--split"} <= set(options)
+    assert explained.count("(default:") == len(options) - 1  # all but --help show theirs

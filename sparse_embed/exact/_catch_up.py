@@ -29,7 +29,7 @@ def catch_up(
     column = (-1, *(1,) * (w.ndim - 1))
     wide = {name: x.astype(ledger.dtype) for name, x in moments.items()}
     n = missed.astype(ledger.dtype)
-    gap = Gap(n.reshape(column), (counts.ahead(-missed).moments + 1).reshape(column))
+    gap = Gap(n.reshape(column), counts.ahead(-missed).step.reshape(column))
     flat = ledger.between(block.then, block.now, n)
     sums: Between = jax.tree.map(lambda x: x.reshape(column), flat)
 
@@ -96,7 +96,7 @@ def _sum(
         before = counts.ahead(j - 1 - n)
         eta, shrunk = ledger.rates(before)
         log_decay = log_decay + jnp.log1p(-shrunk)
-        made = (before.moments + 1).reshape(column)
+        made = before.step.reshape(column)
         term = rest.term(moments, jnp.asarray(j, ledger.dtype), made)
         scale = (eta * jnp.exp(-log_decay)).reshape(column)
         return total + jnp.where((j <= n).reshape(column), scale * term, 0), log_decay

@@ -31,9 +31,14 @@ _LAST = np.iinfo(np.int32).max  # where optax's counts stay
 class Counts(NamedTuple):
     """Counts that the inner state holds, each of them as of the same step."""
 
-    moments: Array  # [] int32: steps made; the next one is step `moments + 1`
+    moments: Array  # [] int32: steps made
     rate: Array  # [] int32: at which the schedule of the learning rate is evaluated next
     decay: Array  # [] int32: the same for a schedule of the weight decay
+
+    @property
+    def step(self) -> Array:
+        """The number of the next step. It stays at its end, where all corrections are 1."""
+        return jnp.minimum(self.moments, _LAST - 2) + 1
 
     def ahead(self, steps: Array | np.ndarray | int) -> "Counts":
         """The counts after so many more steps (fewer, if negative)."""
@@ -114,7 +119,7 @@ class Ledger:
             made = counts.ahead(j.astype(np.int32) - 1)
             eta, shrunk = self.rates(made)
             powers = jnp.asarray(np.power(ratio, j), self.dtype)
-            shares = eta * weight(made.moments + 1).astype(self.dtype) * powers
+            shares = eta * weight(made.step).astype(self.dtype) * powers
             if self.decay is not None:
                 shares = shares * jnp.exp(-jnp.cumsum(jnp.log1p(-shrunk)))
             found.append(jnp.sum(shares, dtype=self.dtype))

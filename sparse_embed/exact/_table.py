@@ -55,17 +55,7 @@ class Table:
     def settled_rows(self, indices: Array, held: Held) -> Held:
         """Brings the rows at ascending, distinct `indices` up to date; others stay as they are."""
         w, moments, clock = held
-        real = indices < w.shape[0]
-        block = self._caught_up(
-            indices,
-            gather_rows(w, indices),
-            {name: gather_rows(x, indices) for name, x in moments.items()},
-            gather_rows(clock.last_step, indices),
-            gather_rows(clock.sums, indices),
-            real,
-            clock.now,
-        )
-        new, after, last, sums = block
+        new, after, last, sums = self._listed(indices, held)
         return (
             set_rows(w, indices, new),
             {name: set_rows(x, indices, after[name]) for name, x in moments.items()},
@@ -76,47 +66,43 @@ class Table:
             ),
         )
 
-    def settled(self, held: Held) -> Held:
-        """Brings all rows up to date, a block of rows at a time."""
+    def view(self, indices: Array, held: Held) -> Array:
+        """The rows at `indices` as if they were settled, `[n, *features]`."""
+        return self._listed(indices, held)[0]
+
+    def _listed(self, indices: Array, held: Held) -> tuple[Array, dict[str, Array], Array, Array]:
+        """The rows at `indices`, their moments, last steps and sums, as of the present."""
         w, moments, clock = held
-        size = min(BLOCK, w.shape[0])
-        if not size:
-            return held
-        now, real = clock.now, jnp.ones(size, bool)
-
-        def block(number: Array, arrays: list[Any]) -> list[Any]:
-            # The last block overlaps the one before: rows that are up to date stay as they are.
-            start = number * size
-            rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), arrays)
-            indices = jnp.minimum(start, w.shape[0] - size) + jnp.arange(size)
-            new = self._caught_up(indices, rows[0], rows[1], rows[2], rows[3], real, now)
-            return jax.tree.map(
-                lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), arrays, list(new)
-            )
-
-        arrays = [w, moments, clock.last_step, clock.sums]
-        blocks = -(-w.shape[0] // size)
-        w, moments, last, sums = jax.lax.fori_loop(0, blocks, block, arrays)
-        return w, moments, RowClock(last, sums, now)
-
-    def _caught_up(
-        self,
-        indices: Array,
-        w: Array,
-        moments: dict[str, Array],
-        last: Array,
-        then: Array,
-        real: Array,
-        now: Array,
-    ) -> tuple[Array, dict[str, Array], Array, Array]:
-        """A block of rows, its moments, last steps and sums, as of the present."""
-        missed = jnp.where(real, behind(self.step, last), 0)
-        agrees = self.agrees(now)
-        w, moments = self.catch_up(Block(indices, w, moments, missed, then, now))
+        real = indices < w.shape[0]
+        last, then = gather_rows(clock.last_step, indices), gather_rows(clock.sums, indices)
+        block = Block(
+            indices,
+            gather_rows(w, indices),
+            {name: gather_rows(x, indices) for name, x in moments.items()},
+            jnp.where(real, behind(self.step, last), 0),
+            then,
+            clock.now,
+        )
+        agrees = self.agrees(clock.now)
+        new, after = self.catch_up(block)
         # What padding writes is dropped. The old values make each write wait for its read; else
         # XLA would copy the whole array first.
         last = jnp.where(real, self.step, last)
-        return nan_where(~agrees, w), moments, last, jnp.where(real[:, None], now, then)
+        return nan_where(~agrees, new), after, last, jnp.where(real[:, None], clock.now, then)
+
+    def settled(self, held: Held) -> Held:
+        """Brings all rows up to date, a block of rows at a time."""
+        num_rows = held[0].shape[0]
+        size = min(BLOCK, num_rows)
+        if not size:
+            return held
+        self.agrees(held[2].now)  # an error is raised here; inside the loop it would be NaN
+
+        def block(number: Array, held: Held) -> Held:
+            # Indices beyond the last row are padding.
+            return self.settled_rows(number * size + jnp.arange(size), held)
+
+        return jax.lax.fori_loop(0, -(-num_rows // size), block, held)
 
     def advanced(self, update: Any, clock: RowClock) -> tuple[Any, RowClock]:
         """The update of one step with rows that are behind made NaN, and the clock after it."""

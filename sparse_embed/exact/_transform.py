@@ -12,7 +12,7 @@ from jax import Array
 from sparse_embed._errors import describe, message
 from sparse_embed._lazy import LazyState, lazy
 from sparse_embed._row_sparse import is_row_sparse
-from sparse_embed._segments import distinct, flat_indices
+from sparse_embed._segments import distinct, flat_indices, gather_rows
 from sparse_embed.exact._state import ExactState, RowClock
 from sparse_embed.exact._table import Table
 
@@ -25,6 +25,10 @@ class ExactTransformation(optax.GradientTransformationExtraArgs):
     `se.touched` returns it; without `ids` all rows of all tables are settled, a block at a time.
     `coalesced=True` promises ascending distinct indices, as from `se.touched`, and saves a sort.
     `se.train_step` calls it by itself.
+
+    `view(params, opt_state, ids) -> rows` reads rows as if they were settled and changes nothing:
+    `ids` of any shape for some leaves and `None` for the others give `[*ids.shape, *features]`; an
+    id outside the table reads as NaN.
 
     `from_dense(params, inner_state) -> opt_state` takes over the state of the dense optimizer;
     `to_dense(params, opt_state) -> (params, inner_state)` settles all rows and gives it back.
@@ -43,6 +47,7 @@ class ExactTransformation(optax.GradientTransformationExtraArgs):
     """
 
     settle: Callable[..., tuple[Any, ExactState]]
+    view: Callable[[Any, ExactState, Any], Any]
     from_dense: Callable[[Any, Any], ExactState]
     to_dense: Callable[[Any, ExactState], tuple[Any, Any]]
 
@@ -73,7 +78,8 @@ class Exact(abc.ABC):
 
     def transformation(self) -> ExactTransformation:
         tx = ExactTransformation(self.init, self.update)
-        tx.settle, tx.from_dense, tx.to_dense = self.settle, self.from_dense, self.to_dense
+        tx.settle, tx.view = self.settle, self.view
+        tx.from_dense, tx.to_dense = self.from_dense, self.to_dense
         return tx
 
     def init(self, params: Any) -> ExactState:
@@ -114,6 +120,26 @@ class Exact(abc.ABC):
         inner_state = self.with_held(params, state.inner_state, held)
         settled = ExactState(inner_state, state.step, treedef.unflatten(clocks))
         return treedef.unflatten(leaves), settled
+
+    def view(self, params: Any, state: ExactState, ids: Any) -> Any:
+        _check_state("tx.view(params, opt_state, ids)", state)
+        leaves, treedef = _flat(params)
+        clocks = treedef.flatten_up_to(state.clocks)
+        held = self.held(params, state.inner_state)
+        tables = self.tables(params, state.inner_state, state.step)
+        found: list[Any] = [None] * len(leaves)
+        for k, listed in enumerate(_listed(treedef, ids)):
+            if listed is None:
+                continue
+            num_rows, *features = jnp.shape(leaves[k])
+            flat = flat_indices(listed, num_rows).reshape(-1)
+            rows = gather_rows(leaves[k], flat, None)
+            if k in tables:
+                settled = tables[k].view(flat, (leaves[k], held[k], clocks[k]))
+                outside = (flat == num_rows).reshape(-1, *(1,) * len(features))
+                rows = jnp.where(outside, rows, settled)
+            found[k] = rows.reshape(*jnp.shape(listed), *features)
+        return treedef.unflatten(found)
 
     def update(self, grads: Any, state: ExactState, params: Any = None, **extra: Any) -> Any:
         _check_state("tx.update(grads, opt_state, params)", state)

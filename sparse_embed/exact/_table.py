@@ -96,7 +96,6 @@ class Table:
         size = min(BLOCK, num_rows)
         if not size:
             return held
-        self.agrees(held[2].now)  # an error is raised here; inside the loop it would be NaN
 
         def block(number: Array, held: Held) -> Held:
             # Indices beyond the last row are padding.
@@ -107,6 +106,7 @@ class Table:
     def advanced(self, update: Any, clock: RowClock) -> tuple[Any, RowClock]:
         """The update of one step with rows that are behind made NaN, and the clock after it."""
         agrees, step = self.agrees(clock.now), self.step + 1
+        raise_if_other(self.name, agrees)
         now = nan_where(~agrees, self.ledger.advance(clock.now, self.counts))
         if not isinstance(update, RowSparse):
             late = behind(self.step, clock.last_step) != 0
@@ -131,18 +131,7 @@ class Table:
 
     def agrees(self, now: Array) -> Array:
         """Whether the state's sums are of this optimizer's schedules, `[]` bool."""
-        agrees = self.ledger.agrees(now, self.counts)
-        if is_concrete(agrees) and not bool(agrees):
-            raise ValueError(
-                message(
-                    f"tx.settle or tx.update: {self.name} has an opt_state of another learning "
-                    "rate, schedule or decay than tx.",
-                    "sums of steps to come that are not those of this tx",
-                    "params, inner = old_tx.to_dense(params, opt_state); "
-                    "opt_state = new_tx.from_dense(params, inner)",
-                )
-            )
-        return agrees
+        return self.ledger.agrees(now, self.counts)
 
     def _check_late(self, late: Array) -> None:
         if is_concrete(late) and bool(jnp.any(late)):
@@ -154,3 +143,17 @@ class Table:
                     "batch)) before the gradient is taken, or se.train_step, which does so",
                 )
             )
+
+
+def raise_if_other(name: str, agrees: Array) -> None:
+    """Raises where it is known that the sums of a table are of another schedule."""
+    if is_concrete(agrees) and not bool(agrees):
+        raise ValueError(
+            message(
+                f"tx.settle or tx.update: {name} has an opt_state of another learning rate, "
+                "schedule or decay than tx.",
+                "sums of steps to come that are not those of this tx",
+                "params, inner = old_tx.to_dense(params, opt_state); "
+                "opt_state = new_tx.from_dense(params, inner)",
+            )
+        )

@@ -14,7 +14,7 @@ from sparse_embed._lazy import LazyState, lazy
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._segments import distinct, flat_indices, gather_rows
 from sparse_embed.exact._state import ExactState, RowClock
-from sparse_embed.exact._table import Table
+from sparse_embed.exact._table import Table, raise_if_other
 
 
 class ExactTransformation(optax.GradientTransformationExtraArgs):
@@ -78,8 +78,24 @@ class Exact(abc.ABC):
 
     def transformation(self) -> ExactTransformation:
         tx = ExactTransformation(self.init, self.update)
-        tx.settle, tx.view = self.settle, self.view
-        tx.from_dense, tx.to_dense = self.from_dense, self.to_dense
+        settle = jax.jit(self.settle, static_argnames="coalesced")
+
+        def checked(
+            params: Any, opt_state: ExactState, ids: Any = None, *, coalesced: bool = False
+        ) -> tuple[Any, ExactState]:
+            _check_state("tx.settle(params, opt_state)", opt_state)
+            params, opt_state, agreeing = settle(params, opt_state, ids, coalesced=coalesced)
+            for name, agrees in agreeing.items():
+                raise_if_other(name, agrees)
+            return params, opt_state
+
+        def to_dense(params: Any, opt_state: ExactState) -> tuple[Any, Any]:
+            params, opt_state = checked(params, opt_state)
+            return params, opt_state.inner_state
+
+        tx.settle, tx.view = checked, self.view
+        tx.from_dense = self.from_dense
+        tx.to_dense = to_dense
         return tx
 
     def init(self, params: Any) -> ExactState:
@@ -92,23 +108,21 @@ class Exact(abc.ABC):
         leaves, treedef = _flat(params)
         clocks: list[Any] = [None] * len(leaves)
         for k, table in self.tables(params, inner_state, step).items():
-            now, rows = table.ledger.start(table.counts), jnp.shape(leaves[k])[0]
+            now, rows = jax.jit(table.ledger.start)(table.counts), jnp.shape(leaves[k])[0]
             clocks[k] = RowClock(jnp.zeros(rows, jnp.int32), jnp.tile(now, (rows, 1)), now)
         return ExactState(inner_state, step, treedef.unflatten(clocks))
 
-    def to_dense(self, params: Any, state: ExactState) -> tuple[Any, Any]:
-        params, state = self.settle(params, state)
-        return params, state.inner_state
-
     def settle(
         self, params: Any, state: ExactState, ids: Any = None, *, coalesced: bool = False
-    ) -> tuple[Any, ExactState]:
-        _check_state("tx.settle(params, opt_state)", state)
+    ) -> tuple[Any, ExactState, dict[str, Array]]:
+        """Also returns, for each table, whether the state is of this optimizer's schedules."""
         leaves, treedef = _flat(params)
         clocks = treedef.flatten_up_to(state.clocks)
         held = self.held(params, state.inner_state)
         listed = None if ids is None else _listed(treedef, ids)
+        agreeing = {}
         for k, table in self.tables(params, state.inner_state, state.step).items():
+            agreeing[table.name] = table.agrees(clocks[k].now)
             own = leaves[k], held[k], clocks[k]
             if listed is None:
                 own = table.settled(own)
@@ -119,7 +133,7 @@ class Exact(abc.ABC):
             leaves[k], held[k], clocks[k] = own
         inner_state = self.with_held(params, state.inner_state, held)
         settled = ExactState(inner_state, state.step, treedef.unflatten(clocks))
-        return treedef.unflatten(leaves), settled
+        return treedef.unflatten(leaves), settled, agreeing
 
     def view(self, params: Any, state: ExactState, ids: Any) -> Any:
         _check_state("tx.view(params, opt_state, ids)", state)

@@ -77,3 +77,15 @@ def test_rules_agree_without_gaps(distance):
         found[name] = rule.read(params, state)["table"]
     for name, table in found.items():
         np.testing.assert_allclose(table, found["dense"], rtol=1e-5, err_msg=name)
+
+
+def test_exact_beside_lazy(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    exact = importlib.import_module("exact")
+    monkeypatch.setattr(exact, "PAIRS", {k: exact.PAIRS[k] for k in ("sgd, momentum", "rmsprop")})
+    out = tmp_path / "out.json"
+    exact.main(["--tiny", "--json", str(out)])
+    assert "| se.exact |" in capsys.readouterr().out
+    found = json.loads(out.read_text())["tables"]
+    assert {row["step"] for row in found["steps"]} == {"se.lazy", "se.exact"}
+    assert all(row["ms (median)"] > 0 for rows in found.values() for row in rows)

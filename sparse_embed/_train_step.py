@@ -13,6 +13,7 @@ from sparse_embed._lazy import LazyState
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._settled import settled
 from sparse_embed._touched import touched
+from sparse_embed.exact._state import ExactState
 
 
 class TrainStep:
@@ -56,7 +57,7 @@ def train_step(
 
     Raises:
       ValueError: when called, where a buffer was donated before or is there twice.
-      TypeError: `tx` is not an optax transformation.
+      TypeError: `tx` is not an optax transformation; when called, an exact optimizer is inside it.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -89,6 +90,16 @@ def train_step(
         if settle is not None:
             read = partial(rows_read, args)
             params, opt_state = settled(settle, read, params, opt_state)
+        elif any(map(_is_exact, jax.tree.leaves(opt_state, is_leaf=_is_exact))):
+            raise TypeError(
+                message(
+                    "se.train_step(loss_fn, tx): an optimizer of se.exact inside another "
+                    "transformation, which hides its settle.",
+                    describe(tx),
+                    "se.exact.adam(1e-3, before=optax.clip_by_global_norm(1.0)) as it is, or "
+                    "se.exact.replay(optax.partition(...))",
+                )
+            )
         value, grads = gradient(*_merge(numbers, params if several else (params,), args))
         loss = value[0] if has_aux else value
         updates, opt_state = _update(tx, grads, opt_state, params, loss)
@@ -146,3 +157,7 @@ def _check_buffers(params: Any, opt_state: Any) -> None:
                     )
                 )
             seen[id(leaf)] = name
+
+
+def _is_exact(node: Any) -> bool:
+    return isinstance(node, ExactState)

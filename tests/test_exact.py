@@ -1,5 +1,8 @@
 """`se.exact` in use: settling, what happens when it is forgotten, checkpoints, conversion."""
 
+import warnings
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +102,7 @@ def test_settling_all_rows_needs_no_table_sized_scratch(name):
 
 def test_settling_rows_needs_no_table_sized_scratch():
     tx, params = se.exact.adamw(RATE), new_params()
-    rows = {"table": jnp.arange(8), "user": None, "w": None}
+    rows = {"table": jnp.arange(8), "user": jnp.arange(2), "w": jnp.zeros(0, jnp.int32)}
     settle = jax.jit(lambda p, s: tx.settle(p, s, rows), donate_argnums=(0, 1))
     assert temp_bytes(settle, params, tx.init(params)) < ROWS * WIDTH * 4 / 2
 
@@ -133,13 +136,16 @@ def settled_and_behind():
 def test_settle_takes_ids_as_they_come():
     tx, params, state = settled_and_behind()
     full, full_state = tx.settle(params, state)
-    ids = jnp.array([[101, 101, -1], [0, ROWS + 5, 202]])
-    some, some_state = tx.settle(params, state, {"table": ids, "user": None, "w": None})
+    ids, none = jnp.array([[101, 101, -1], [0, ROWS + 5, 202]]), jnp.zeros(0, jnp.int32)
+    some, some_state = tx.settle(params, state, {"table": ids, "user": none, "w": None})
     listed = np.array([0, 101, 202])
     others = np.delete(np.arange(ROWS), listed)
     np.testing.assert_array_equal(some["table"][listed], full["table"][listed])
     np.testing.assert_array_equal(some["table"][others], params["table"][others])
     np.testing.assert_array_equal(some["user"], params["user"])
+    whole, _ = tx.settle(params, state, {"table": none, "user": None, "w": None})
+    np.testing.assert_array_equal(whole["user"], full["user"])
+    np.testing.assert_array_equal(whole["table"], params["table"])
     for moments, before, after in zip(
         *(x.inner_state[0].mu["table"][None] for x in (some_state, state, full_state)), strict=True
     ):
@@ -244,6 +250,29 @@ def test_a_dense_gradient_on_rows_that_are_behind_is_noticed():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
 
 
+CHANGES = {
+    "adam, eps_root": (lambda r: se.exact.adam(r, eps_root=1e-8), 0.5),
+    "adam, eps": (lambda r: se.exact.adam(RATE, eps=1e-8 if r is RATE else 1.0), None),
+    "adabelief": (se.exact.adabelief, 0.5),
+    "rmsprop, decay": (lambda r: se.exact.rmsprop(RATE, 0.9 if r is RATE else 0.8), None),
+    "replay": (lambda r: se.exact.replay(optax.adam(r)), lambda c: RATE(c) * 2),
+    "replay, eps": (lambda r: se.exact.replay(optax.adam(RATE, eps=1 if r is RATE else 2)), None),
+    "mask": (lambda r: se.exact.adamw(RATE, mask={k: r is RATE for k in new_params()}), None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_optimizer_is_noticed(name):
+    make, other = CHANGES[name]
+    params = new_params()
+    old = make(RATE)
+    new = make((lambda c: other) if isinstance(other, float) else other)
+    state = old.init(params)
+    params, state, _ = train(se.train_step(loss_fn, old), params, state, batches(4))
+    with pytest.raises(ValueError, match="another optimizer"):
+        new.settle(params, state)
+
+
 @pytest.mark.parametrize("change", ["rate", "schedule", "decay"])
 def test_another_schedule_is_noticed(change):
     old = se.exact.adamw(RATE, weight_decay=0.1)
@@ -254,7 +283,7 @@ def test_another_schedule_is_noticed(change):
     }[change]()
     params = new_params()
     params, state, _ = train(se.train_step(loss_fn, old), params, old.init(params), batches(10))
-    with pytest.raises(ValueError, match="another learning rate, schedule or decay"):
+    with pytest.raises(ValueError, match="another optimizer, learning rate"):
         new.settle(params, state)
     step = se.train_step(loss_fn, new)
     if change == "rate":  # a constant rate has no count in the state
@@ -286,11 +315,11 @@ def test_a_schedule_is_changed_at_a_checkpoint(factor):
 
 @pytest.mark.parametrize(
     "before",
-    [optax.add_decayed_weights(0.1), optax.ema(0.9), optax.trace(0.9)],
-    ids=["decay", "ema", "trace"],
+    [optax.add_decayed_weights(0.1), optax.ema(0.9), optax.trace(0.9), optax.scale_by_rms()],
+    ids=["decay", "ema", "trace", "rms"],
 )
 def test_what_moves_rows_without_a_gradient_is_refused_before(before):
-    with pytest.raises(ValueError, match="before moves rows that have no gradient"):
+    with pytest.raises(ValueError, match="before moves rows that have no gradient, or"):
         se.exact.adam(0.1, before=before).init(new_params())
 
 
@@ -325,8 +354,13 @@ def test_what_keeps_zero_gradients_may_come_before(before):
         ),
         (optax.contrib.schedule_free_adamw(0.1), "moved by more than itself and the step count"),
         (optax.lamb(0.1), "adds up all rows"),
+        (optax.apply_if_finite(optax.adam(0.1), 5), "does not go up by one each step"),
+        (
+            optax.conditionally_transform(optax.adam(0.1), lambda step: step % 2 == 0),
+            "does not go up by one each step",
+        ),
     ],
-    ids=["multisteps", "apply_every", "plateau", "schedule_free", "lamb"],
+    ids=["multisteps", "apply_every", "plateau", "schedule_free", "lamb", "finite", "even"],
 )
 def test_what_cannot_be_replayed_is_refused(inner, reason):
     with pytest.raises(ValueError, match=reason):
@@ -343,8 +377,12 @@ def test_what_cannot_be_replayed_is_refused(inner, reason):
         (lambda: se.exact.adamax(0.1, b1=0.9, b2=0.5), ValueError, "its steps grow"),
         (lambda: se.exact.adabelief(0.1, b1=0.9, b2=0.81), ValueError, "divides by 0"),
         (lambda: se.lazy(se.exact.adam(0.1)), TypeError, "already row-sparse"),
+        (lambda: se.exact.replay(se.exact.adam(0.1)), TypeError, "inner must be an optax"),
+        (lambda: se.exact.sgd(0.1, 1.0), ValueError, "momentum must be at least 0 and below 1"),
+        (lambda: se.exact.adamw(0.1, weight_decay=11.0).init(new_params()), ValueError, "finite"),
+        (lambda: se.exact.adam(0.1).init({"z": jnp.ones((3, 2), complex)}), TypeError, "be real"),
     ],
-    ids=["b1", "before", "replay", "adadelta", "adamax", "adabelief", "lazy"],
+    ids="b1 before replay adadelta adamax adabelief lazy twice momentum decay complex".split(),
 )
 def test_errors_say_what_to_write(make, error, text):
     with pytest.raises(error, match=text) as caught:
@@ -358,6 +396,53 @@ def test_a_state_of_something_else_is_refused():
         tx.settle(params, optax.adam(0.1).init(params))
     with pytest.raises(ValueError, match="no tree like params"):
         tx.settle(params, tx.init(params), {"table": jnp.arange(3)})
+
+
+def test_an_exact_optimizer_inside_another_is_refused():
+    tx, params = optax.chain(optax.clip(1.0), se.exact.adam(0.1)), new_params()
+    with pytest.raises(TypeError, match="which hides its settle"):
+        se.train_step(loss_fn, tx)(params, tx.init(params), batches(1)[0])
+
+
+def test_a_state_of_other_params_is_refused():
+    tx, params = se.exact.adam(0.1), new_params()
+    state = tx.init(params)
+    taller = params | {"table": jnp.ones((ROWS + 1, WIDTH))}
+    for other in (taller, {"table": params["table"]}):
+        with pytest.raises(ValueError, match="opt_state belongs to other parameters"):
+            tx.settle(other, state)
+    for wrong in (optax.lion(0.1).init(params), se.lazy(optax.adam(0.1)).init(params)):
+        with pytest.raises(ValueError, match="not a state of the dense optimizer"):
+            tx.from_dense(params, wrong)
+
+
+def test_hyperparameters_changed_by_hand_are_noticed():
+    tx, params = se.exact.replay(optax.inject_hyperparams(optax.adam)(0.1)), new_params()
+    params, state, _ = train(se.train_step(loss_fn, tx), params, tx.init(params), batches(4))
+    state.inner_state.hyperparams["learning_rate"] = jnp.float32(0.5)
+    with pytest.raises(ValueError, match="another optimizer, learning rate"):
+        tx.settle(params, state)
+
+
+def test_a_table_used_by_row_whole_and_not_at_all():
+    """Steps of three kinds on one state, as with a regulariser or several tasks."""
+    tx, dense = se.exact.adam(0.01), optax.adam(0.01)
+    params = {"table": jnp.ones((50, 2)), "other": jnp.ones((50, 2))}
+    losses = [
+        lambda p, ids: jnp.sum(jnp.sin(p["table"][ids])),
+        lambda p, ids: jnp.sum(jnp.cos(p["table"])),
+        lambda p, ids: jnp.sum(jnp.sin(p["other"][ids])),
+    ]
+    stock = [jax.jit(lambda p, s, b, f=f: _stock(dense, f, p, s, b)) for f in losses]
+    ours = [se.train_step(f, tx) for f in losses]
+    got, want = (copy(params), tx.init(params)), (params, dense.init(params))
+    for i, ids in enumerate(b // 101 for b in batches(24)):
+        kind = (0, 0, 1, 2, 2, 0)[i % 6]
+        want = stock[kind](*want, ids)[:2]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the table that is used whole
+            got = ours[kind](*got, ids)[:2]
+    assert_close(tx.to_dense(*got), want)
 
 
 # --- checkpoints, conversion, clocks --------------------------------------------------------------
@@ -445,6 +530,25 @@ def _stock(tx, loss_fn, params, state, batch):
     loss, grads = jax.value_and_grad(loss_fn)(params, batch)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
+
+
+def test_params_that_are_a_named_tuple_with_names_of_optax():
+    class Pair(NamedTuple):
+        count: jax.Array
+        trace: jax.Array
+
+    params = Pair(jnp.ones(3), jnp.ones((50, 3)))
+
+    def loss_fn(p, ids):
+        return jnp.sum(jnp.sin(p.trace[ids] @ p.count))
+
+    ids = [b // 101 for b in batches(15)]
+    for make in (lambda x: x.sgd(RATE, momentum=0.9), lambda x: x.rmsprop(RATE, momentum=0.9)):
+        tx, dense = make(se.exact), make(optax)
+        step = jax.jit(lambda p, s, b, tx=dense: _stock(tx, loss_fn, p, s, b))
+        want, want_state, _ = train(step, params, dense.init(params), ids)
+        got, state, _ = train(se.train_step(loss_fn, tx), copy(params), tx.init(params), ids)
+        assert_close(tx.to_dense(got, state), (want, want_state))
 
 
 def test_a_bare_table_a_cube_and_a_low_precision_table():

@@ -6,7 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from sparse_embed.exact._adaptive import Adam, Amsgrad
-from sparse_embed.exact._build import ScalarOrSchedule, build, decayed, number
+from sparse_embed.exact._build import ScalarOrSchedule, build, decayed, fading, number
 from sparse_embed.exact._transform import ExactTransformation
 
 
@@ -223,11 +223,11 @@ def amsgrad(
     moment = optax.scale_by_amsgrad(*options)
     core = optax.amsgrad(learning_rate, *options)
     core = decayed(core, moment, learning_rate, weight_decay, mask)
-    numbers = number("b1", b1), number("b2", b2), number("eps", eps), number("eps_root", eps_root)
+    numbers = fading("b1", b1), number("b2", b2), number("eps", eps), number("eps_root", eps_root)
     rest = Amsgrad(*numbers, bias_correction_mu)
     return build("amsgrad", core, rest, learning_rate, before, weight_decay, mask)
 
 
 def _rest(b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool) -> Adam:
-    numbers = number("b1", b1), number("b2", b2), number("eps", eps), number("eps_root", eps_root)
+    numbers = fading("b1", b1), number("b2", b2), number("eps", eps), number("eps_root", eps_root)
     return Adam(*numbers, nesterov)

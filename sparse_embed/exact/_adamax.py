@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from sparse_embed._errors import message
 from sparse_embed.exact._adaptive import Adam, Adamax, Belief
-from sparse_embed.exact._build import ScalarOrSchedule, build, decayed, number
+from sparse_embed.exact._build import ScalarOrSchedule, build, decayed, fading, number
 from sparse_embed.exact._transform import ExactTransformation
 
 
@@ -78,7 +78,7 @@ def adamaxw(
 
 
 def _adamax(b1: Any, b2: Any, eps: Any) -> Adamax:
-    b1, b2 = number("b1", b1), number("b2", b2)
+    b1, b2 = fading("b1", b1), number("b2", b2)
     if b1 >= b2:
         raise ValueError(
             message(
@@ -126,7 +126,7 @@ def yogi(
     moment = optax.scale_by_yogi(b1, b2, eps)
     core = optax.yogi(learning_rate, b1, b2, eps)
     core = decayed(core, moment, learning_rate, weight_decay, mask)
-    rest = Adam(number("b1", b1), number("b2", b2), number("eps", eps), 0.0, False, frozen=True)
+    rest = Adam(fading("b1", b1), number("b2", b2), number("eps", eps), 0.0, False, frozen=True)
     return build("yogi", core, rest, learning_rate, before, weight_decay, mask)
 
 
@@ -170,7 +170,7 @@ def adabelief(
       >>> se.exact.adabelief(1e-3).init({"table": jnp.ones((4, 2))}).clocks["table"].sums.shape
       (4, 0)
     """
-    numbers = number("b1", b1), number("b2", b2), number("eps", eps), number("eps_root", eps_root)
+    numbers = fading("b1", b1), number("b2", b2), number("eps", eps), number("eps_root", eps_root)
     if abs(numbers[1] - numbers[0] ** 2) < 1e-4:
         raise ValueError(
             message(

@@ -77,8 +77,8 @@ class Adam(Rest):
             return None
         _, mean, spread = self._statistics(gap, sums)
         q = self.eps * mean / (jnp.sqrt(moments["nu"]) + self.eps * mean)
-        # Weights that fade geometrically have skewness 2.
-        bad = 2 * spread**1.5 * q * q * (1 - q) > _tolerance(mu.dtype)
+        # Weights that fade geometrically have skewness 2; a falling rate makes it larger.
+        bad = 12 * spread**1.5 * q * q * (1 - q) > _tolerance(mu.dtype)
         return bad & (mu != 0) & (gap.n > 1)
 
     def _statistics(self, gap: Gap, sums: Between) -> tuple[Array, Array, Array]:

@@ -86,6 +86,20 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def fading(name: str, value: Any) -> float:
+    """A decay below 1, so that what it decays ends."""
+    decay = number(name, value)
+    if not 0 <= decay < 1:
+        raise ValueError(
+            message(
+                f"se.exact: {name} must be at least 0 and below 1.",
+                f"{name}={decay}",
+                f"{name}=0.9, or se.exact.replay(...) of the dense optimizer, which takes any",
+            )
+        )
+    return decay
+
+
 def _schedule(value: ScalarOrSchedule) -> Callable[[Any], Any]:
     return value if callable(value) else lambda count: value
 

@@ -64,7 +64,7 @@ def _by_terms(
     """`shift` with the needy rows replaced by the sum of their terms."""
     u, column = missed.shape[0], (-1, *(1,) * (shift.ndim - 1))
     size = min(CHUNK, u)
-    longest = terms(rest.longest(), ledger.dtype)
+    longest = terms(rest.longest() or 0.0, ledger.dtype)
 
     def some(shift: Array) -> Array:
         # `[u + size]` places of the needy rows, then places outside.

@@ -1,5 +1,6 @@
 """An exact optimizer whose rows catch up in closed form."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._errors import message, path_name
+from sparse_embed._errors import describe, message, path_name
 from sparse_embed._layout import state_layout
 from sparse_embed._separable import moved_without_gradient
 from sparse_embed.exact._catch_up import catch_up
-from sparse_embed.exact._ledger import Ledger, Schedule
+from sparse_embed.exact._ledger import Counts, Kernel, Ledger, Schedule
 from sparse_embed.exact._rest import Rest
 from sparse_embed.exact._state import counts, moments, with_moments
 from sparse_embed.exact._table import Table
@@ -48,18 +49,20 @@ class ClosedForm(Exact):
         return self.core if self.before is None else optax.chain(self.before, self.core)
 
     def tables(self, params: Any, inner_state: Any, step: Array) -> dict[int, Table]:
-        made = counts(self._core_of(inner_state), step)
-        with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+        with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        made = counts(self._core_of(inner_state), step, treedef)
         masks = jax.tree.leaves(self.mask(params))
         found = {}
         for k, ((path, leaf), mask) in enumerate(zip(with_paths, masks, strict=True)):
             decay = self.decay if mask else None
-            if jnp.ndim(leaf) and (self.rest.fields or decay):
+            floats = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+            if jnp.ndim(leaf) and floats and (self.rest.fields or decay):
                 dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
                 rest = self.rest.rounded(dtype)
                 ledger = Ledger(self.rate, decay, rest.drifts, rest.kernels(), dtype)
                 own = partial(catch_up, rest, ledger, made)
-                found[k] = Table(path_name(path), own, ledger, step, made)
+                marked = partial(_mark, rest, ledger, made)
+                found[k] = Table(path_name(path), own, ledger, marked, step, made)
         return found
 
     def held(self, params: Any, inner_state: Any) -> list[dict[str, Array]]:
@@ -74,20 +77,30 @@ class ClosedForm(Exact):
         return core if self.before is None else (inner_state[0], core)
 
     def check(self, params: Any) -> None:
-        """`before` must leave a gradient of zero at zero."""
+        """`before` must leave a gradient of zero at zero, and keep nothing for each row."""
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+        for path, leaf in with_paths:
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+                raise TypeError(
+                    message(
+                        f"se.exact.{self.name}: tables must be real.",
+                        f"{path_name(path)} {describe(leaf)}",
+                        "its real and imaginary parts as two leaves",
+                    )
+                )
         if self.before is None:
             return
         before = optax.with_extra_args_support(self.before)
-        with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
         tables = [k for k, (_, x) in enumerate(with_paths) if jnp.ndim(x) and jnp.size(x)]
         layout = state_layout(before, params, tables)
-        moved = moved_without_gradient(before, params, layout, tables)
+        moved = set(moved_without_gradient(before, params, layout, tables))
+        moved |= {k for k in layout.table if k is not None}  # a state that fades, unseen
         if moved:
             raise ValueError(
                 message(
                     f"se.exact.{self.name}(..., before=...): before moves rows that have no "
-                    "gradient, which has no closed form.",
-                    ", ".join(path_name(with_paths[k][0]) for k in moved),
+                    "gradient, or their state, which has no closed form.",
+                    ", ".join(path_name(with_paths[k][0]) for k in sorted(moved)),
                     f"weight_decay=... for se.exact.{self.name} in place of "
                     "add_decayed_weights, or se.exact.replay(optax.chain(before, ...))",
                 )
@@ -95,3 +108,14 @@ class ClosedForm(Exact):
 
     def _core_of(self, inner_state: Any) -> Any:
         return inner_state if self.before is None else inner_state[1]
+
+
+def _mark(rest: Rest, ledger: Ledger, made: Counts, ahead: int) -> Array:
+    """Sums of steps to come, and the numbers of the optimizer."""
+    longest = rest.longest()
+    kernels = rest.kernels()
+    if longest is not None:
+        kernels = (*kernels, Kernel(min(longest, 0.999), jnp.ones_like))
+    watched = dataclasses.replace(ledger, kernels=kernels)
+    numbers = jnp.asarray(rest.numbers(), ledger.dtype)
+    return jnp.concatenate([watched.tails(made.ahead(ahead)), numbers])

@@ -93,6 +93,11 @@ class Ledger:
     dtype: Any
 
     @property
+    def size(self) -> int:
+        """How many sums there are."""
+        return 2 * self._running + len(self.kernels)
+
+    @property
     def _running(self) -> int:
         return (self.decay is not None) + self.drifts
 
@@ -124,11 +129,6 @@ class Ledger:
                 shares = shares * jnp.exp(-jnp.cumsum(jnp.log1p(-shrunk)))
             found.append(jnp.sum(shares, dtype=self.dtype))
         return jnp.asarray(found, self.dtype)
-
-    def agrees(self, sums: Array, counts: Counts) -> Array:
-        """Whether sums kept at these counts are of this schedule: `[]` bool."""
-        kept, now = sums[2 * self._running :], self.tails(counts)
-        return jnp.all(jnp.abs(kept - now) <= 1e-3 * jnp.abs(now) + 1e-30)
 
     def between(self, then: Array, now: Array, n: Array) -> Between:
         """Sums over each row's gap.

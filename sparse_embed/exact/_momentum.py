@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from sparse_embed.exact._ledger import Between, Kernel
@@ -110,7 +109,7 @@ class Lion(Rest):
         # Dense optax multiplies step by step, until its smallest number is reached and lost.
         mu = moments["mu"]
         faded = mu * gap.power(self.b)
-        tiny = np.finfo(np.float32).tiny
+        tiny = jnp.finfo(mu.dtype).tiny
         return {"mu": jnp.where(jnp.abs(faded) < tiny, 0, faded)}
 
     def shift(self, moments: Moments, gap: Gap, sums: Between) -> Array:

@@ -1,6 +1,6 @@
 """`replay`: any row-separable optimizer, exactly, by making the steps that rows missed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ def replay(inner: optax.GradientTransformation) -> ExactTransformation:
       >>> params["table"][3, 0].item() < 0.9
       True
     """
-    if not callable(getattr(inner, "update", None)):
+    if not callable(getattr(inner, "update", None)) or hasattr(inner, "settle"):
         raise TypeError(
             message(
                 "se.exact.replay(inner): inner must be an optax transformation.",
@@ -63,6 +63,7 @@ class Replay(Exact):
     """`dense`, with missed steps made up one by one."""
 
     dense: optax.GradientTransformationExtraArgs
+    on_rows: dict[Any, list[int]] = field(default_factory=dict, compare=False)  # kept: it is slow
 
     @property
     def inner(self) -> optax.GradientTransformation:
@@ -76,17 +77,13 @@ class Replay(Exact):
         program = program_of(self.dense, params, layout)
         none = Ledger(lambda count: 0.0, None, False, (), jnp.float32)
         counts = Counts(step, step, step)
-        return {
-            k: Table(
-                path_name(path),
-                partial(self._catch_up, program, leaves, layout, state, k),
-                none,
-                step,
-                counts,
-            )
-            for k, (path, _) in enumerate(with_paths)
-            if _runs_on_rows(program, leaves, layout, k)
-        }
+        found = {}
+        for k in self._rows_of(program, leaves, layout):
+            own = RestStep(program, leaves, layout, state, k)
+            catch_up, marked = partial(_catch_up, own), partial(_mark, own)
+            name = path_name(with_paths[k][0])
+            found[k] = Table(name, catch_up, none, marked, step, counts)
+        return found
 
     def held(self, params: Any, inner_state: Any) -> list[dict[str, Array]]:
         layout = self._layout(params)
@@ -114,49 +111,58 @@ class Replay(Exact):
         program = program_of(self.dense, params, layout)
         leaves = jax.tree.leaves(params)
         with jax.ensure_compile_time_eval():
-            for k, (path, _) in enumerate(with_paths):
-                if not _runs_on_rows(program, leaves, layout, k):
-                    continue  # lazy(inner) refuses it, if it turns out to be a table
-                if not _alike(*(_tried(program, leaves, layout, k, x) for x in (1.0, 2.5))):
+            for k in self._rows_of(program, leaves, layout):
+                if not _only_its_own(program, leaves, layout, k):
+                    name = path_name(with_paths[k][0])
                     raise ValueError(
                         message(
                             "se.exact.replay(inner): a row without a gradient is moved by more "
                             "than itself and the step count, so missed steps cannot be made up.",
-                            f"the update of {path_name(path)} depends on the loss, gradients of "
-                            "other rows, or a number of the state that is no step count",
+                            f"the update of {name} depends on the loss, gradients of other rows, "
+                            "or a number of the state that does not go up by one each step",
                             "se.lazy(inner), or that transform outside of se.exact.replay",
                         )
                     )
+
+    def _rows_of(self, program: Program, leaves: list[Any], layout: StateLayout) -> list[int]:
+        """The leaves that can be run on rows; any other is refused as a table by `lazy`."""
+        shapes = tuple((jnp.shape(x), jnp.result_type(x).name) for x in leaves)
+        key = layout.treedef, shapes
+        if key not in self.on_rows:
+            self.on_rows[key] = [
+                k for k in range(len(leaves)) if _runs_on_rows(program, leaves, layout, k)
+            ]
+        return self.on_rows[key]
 
     def _layout(self, params: Any) -> StateLayout:
         leaves = jax.tree.leaves(params)
         tables = [k for k, x in enumerate(leaves) if jnp.ndim(x) and jnp.size(x)]
         return state_layout(self.dense, params, tables)
 
-    def _catch_up(
-        self,
-        program: Program,
-        leaves: list[Any],
-        layout: StateLayout,
-        state: list[Any],
-        k: int,
-        block: Block,
-    ) -> tuple[Array, dict[str, Array]]:
-        """The rows of a block after the steps that they missed, oldest step first."""
-        one_step = RestStep(program, leaves, layout, state, k)
-        longest = jnp.max(block.missed)
 
-        def step(made: Array, rows: tuple[Array, dict[str, Array]]) -> Any:
-            left = longest - made
-            new = one_step(block.indices, *rows, left)
-            due = block.missed >= left
+def _catch_up(one_step: RestStep, block: Block) -> tuple[Array, dict[str, Array]]:
+    """The rows of a block after the steps that they missed, oldest step first."""
+    longest = jnp.max(block.missed, initial=0)
 
-            def chosen(new: Array, old: Array) -> Array:
-                return jnp.where(due.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+    def step(made: Array, rows: tuple[Array, dict[str, Array]]) -> Any:
+        left = longest - made
+        new = one_step(block.indices, *rows, left)
+        due = block.missed >= left
 
-            return jax.tree.map(chosen, new, rows)
+        def chosen(new: Array, old: Array) -> Array:
+            return jnp.where(due.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-        return jax.lax.fori_loop(0, longest, step, (block.w, block.moments))
+        return jax.tree.map(chosen, new, rows)
+
+    return jax.lax.fori_loop(0, longest, step, (block.w, block.moments))
+
+
+def _mark(one_step: RestStep, ahead: int) -> Array:
+    """What the next step does to a made-up row: another optimizer would do something else."""
+    w, own = _made_up_rows(one_step, 1)
+    new, after = one_step(jnp.arange(1), w, own, jnp.int32(-ahead))
+    numbers = [new - w, *jax.tree.leaves(after)]
+    return jnp.stack([jnp.mean(x.astype(jnp.float32)) for x in numbers])
 
 
 def _refuse_accumulators(inner_state: Any) -> None:
@@ -184,24 +190,44 @@ def _runs_on_rows(program: Program, leaves: list[Any], layout: StateLayout, k: i
     return True
 
 
+def _only_its_own(program: Program, leaves: list[Any], layout: StateLayout, k: int) -> bool:
+    """Whether rows of leaf k depend on nothing but themselves and counts of the steps made."""
+    same = _alike(*(_tried(program, leaves, layout, k, x) for x in (1.0, 2.5)))
+    trials = ((1.0, 10), (1.0, 11), (float("nan"), 10))
+    return same and all(
+        _made_up_step(program, leaves, layout, k, unknown, count).counts_go_up()
+        for unknown, count in trials
+    )
+
+
 def _tried(program: Program, leaves: list[Any], layout: StateLayout, k: int, unknown: float) -> Any:
     """A rest step on made-up rows."""
-    state = [_made_up(x) for x in layout.shapes]
-    one_step = RestStep(program, leaves, layout, state, k, unknown)
+    one_step = _made_up_step(program, leaves, layout, k, unknown, 10)
+    return one_step(jnp.arange(2), *_made_up_rows(one_step, 2), jnp.int32(3))
+
+
+def _made_up_step(
+    program: Program, leaves: list[Any], layout: StateLayout, k: int, unknown: float, count: int
+) -> RestStep:
+    state = [_made_up(x, count) for x in layout.shapes]
+    return RestStep(program, leaves, layout, state, k, unknown)
+
+
+def _made_up_rows(one_step: RestStep, n: int) -> tuple[Array, dict[str, Array]]:
+    like, layout, k = one_step.leaves[one_step.k], one_step.layout, one_step.k
     own = {
-        str(i): 0.5 * jnp.ones((2, *x.shape[1:]), x.dtype)
+        str(i): 0.5 * jnp.ones((n, *x.shape[1:]), x.dtype)
         for i, x in enumerate(layout.shapes)
         if layout.table[i] == k
     }
-    w = 0.7 * jnp.ones((2, *jnp.shape(leaves[k])[1:]), jnp.result_type(leaves[k]))
-    return one_step(jnp.arange(2), w, own, jnp.int32(3))
+    return 0.7 * jnp.ones((n, *jnp.shape(like)[1:]), jnp.result_type(like)), own
 
 
-def _made_up(x: Any) -> Array:
-    """A leaf of a state: counts at 10, numbers at 0.5."""
+def _made_up(x: Any, count: int) -> Array:
+    """A leaf of a state: its counts, and 0.5 for all other numbers."""
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.key(0)
-    return jnp.full(x.shape, 0.5 if jnp.issubdtype(x.dtype, jnp.floating) else 10, x.dtype)
+    return jnp.full(x.shape, 0.5 if jnp.issubdtype(x.dtype, jnp.floating) else count, x.dtype)
 
 
 def _alike(a: Any, b: Any) -> bool:

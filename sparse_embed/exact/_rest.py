@@ -60,9 +60,9 @@ class Rest:
         """Entries where `shift` is not to be trusted, bools `[u, *features]`; `None`: nowhere."""
         return None
 
-    def longest(self) -> float:
-        """The ratio at which terms fade, where they are summed one by one."""
-        raise NotImplementedError
+    def longest(self) -> float | None:
+        """The ratio at which terms fade, where they are summed one by one; `None`: they are not."""
+        return None
 
     def term(self, moments: Moments, j: Array, step: Array) -> Array:
         """What step tau + j takes from the rows at learning rate one.
@@ -76,6 +76,11 @@ class Rest:
           `[u, *features]`.
         """
         raise NotImplementedError
+
+    def numbers(self) -> list[float]:
+        """The hyperparameters on which a gap depends."""
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return [float(x) for x in values if isinstance(x, float | bool)]
 
     def rounded(self, dtype: Any) -> Self:
         """The same with its numbers as dense optax rounds them in an update of this dtype.

@@ -17,7 +17,7 @@ from sparse_embed._on_rows import OnRows
 from sparse_embed._segments import gather_rows
 from sparse_embed._update import refusal
 
-Rest = tuple[Array, dict[str, Array]]  # rows, and the leaves of their state by number
+Own = tuple[Array, dict[str, Array]]  # rows, and the leaves of their state by number
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RestStep:
     k: int
     unknown: float = 1.0
 
-    def __call__(self, indices: Array, w: Array, moments: dict[str, Array], left: Array) -> Rest:
+    def __call__(self, indices: Array, w: Array, moments: dict[str, Array], left: Array) -> Own:
         """The step that was made `left` steps before the next one.
 
         Args:
@@ -94,6 +94,45 @@ class RestStep:
         Returns:
           The rows and the leaves of their state.
         """
+        u, n = indices.shape[0], len(self.leaves)
+        engine, outs = self._run(indices, w, moments, left)
+
+        def taken(value: Any, like: Array) -> Array:
+            block = engine.block(value, self.k, u + 1)
+            if isinstance(block, Refused):
+                raise ValueError(refusal(block.reason))
+            return block[:-1].astype(like.dtype)
+
+        new = w + taken(outs[self.k], w)
+        return new, {i: taken(outs[n + int(i)], x) for i, x in moments.items()}
+
+    def counts_go_up(self) -> bool:
+        """Whether each count of the state is one higher after a step. To be asked outside `jit`."""
+        like = self.leaves[self.k]
+        w = jnp.ones((1, *jnp.shape(like)[1:]), jnp.result_type(like))
+        moments = {
+            str(i): jnp.ones((1, *x.shape[1:]), x.dtype)
+            for i, x in enumerate(self.layout.shapes)
+            if self.layout.table[i] == self.k
+        }
+        _, outs = self._run(jnp.arange(1), w, moments, jnp.int32(0))
+        after = outs[len(self.leaves) :]
+        return all(
+            not isinstance(new, Rows | Refused) and int(new) == int(old) + 1
+            for i, (old, new) in enumerate(zip(self.state, after, strict=True))
+            if self._is_count(i)
+        )
+
+    def _is_count(self, i: int) -> bool:
+        """Whether a leaf of the state is an integer that steps change."""
+        shape = self.layout.shapes[i]
+        integer = jnp.issubdtype(shape.dtype, jnp.integer) and not shape.shape
+        return integer and not self.program.passed[i]
+
+    def _run(
+        self, indices: Array, w: Array, moments: dict[str, Array], left: Array
+    ) -> tuple[OnRows, list[Any]]:
+        """The update, with what is not known filled in."""
         program, leaves = self.program, self.leaves
         heights = {j: jnp.shape(x)[0] for j, x in enumerate(leaves) if jnp.ndim(x)}
         u = indices.shape[0]
@@ -115,8 +154,8 @@ class RestStep:
                 return Refused(reason, frozenset(heights))
             if table is not None:
                 return rows(x, table, moments.get(str(i), w))
-            if jnp.issubdtype(jnp.result_type(x), jnp.integer) and not jnp.ndim(x):
-                return x if program.passed[i] else jnp.asarray(x) - left.astype(jnp.result_type(x))
+            if self._is_count(i):
+                return jnp.asarray(x) - left.astype(jnp.result_type(x))
             if program.passed[i] or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
                 return x
             return jnp.asarray(x) * self.unknown
@@ -139,13 +178,4 @@ class RestStep:
         values = [x if j is None else rows(x, j, w) for j, x in zip(tall, leaves, strict=True)]
         args = [*grads, *held, *values, jnp.float32(self.unknown)]
         outs = engine.run((program.jaxpr, program.consts), args)
-
-        def taken(value: Any, like: Array) -> Array:
-            block = engine.block(value, self.k, u + 1)
-            if isinstance(block, Refused):
-                raise ValueError(refusal(block.reason))
-            return block[:-1].astype(like.dtype)
-
-        new = w + taken(outs[self.k], w)
-        after = {i: taken(outs[len(leaves) + int(i)], x) for i, x in moments.items()}
-        return new, after
+        return engine, outs

@@ -6,7 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from sparse_embed._errors import message
-from sparse_embed.exact._build import ScalarOrSchedule, build, is_zero, number
+from sparse_embed.exact._build import ScalarOrSchedule, build, fading, is_zero
 from sparse_embed.exact._momentum import Fading, RmsTrace
 from sparse_embed.exact._rest import Rest
 from sparse_embed.exact._transform import ExactTransformation
@@ -63,10 +63,10 @@ def rmsprop(
         bias_correction,
     )
     averages = ("mu", "nu") if centered else ("nu",)
-    rest: Rest = Fading(averages, number("decay", decay))
+    rest: Rest = Fading(averages, fading("decay", decay))
     if momentum is not None:
-        b = number("momentum", momentum)
-        rest = RmsTrace(averages, number("decay", decay), b, nesterov)
+        b = fading("momentum", momentum)
+        rest = RmsTrace(averages, fading("decay", decay), b, nesterov)
     return build("rmsprop", core, rest, learning_rate, before)
 
 
@@ -111,5 +111,5 @@ def adadelta(
             )
         )
     core = optax.adadelta(learning_rate, rho, eps, weight_decay, weight_decay_mask)
-    rest = Fading(("e_g", "e_x"), number("rho", rho))
+    rest = Fading(("e_g", "e_x"), fading("rho", rho))
     return build("adadelta", core, rest, 1.0 if learning_rate is None else learning_rate, before)

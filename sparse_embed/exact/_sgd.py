@@ -5,7 +5,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from sparse_embed.exact._build import ScalarOrSchedule, build, decayed, number
+from sparse_embed.exact._build import ScalarOrSchedule, build, decayed, fading, number
 from sparse_embed.exact._momentum import Ema, Lion, Still, Trace
 from sparse_embed.exact._rest import Rest
 from sparse_embed.exact._transform import ExactTransformation
@@ -48,7 +48,7 @@ def sgd(
     rest: Rest = Still()
     moment = optax.identity()
     if momentum is not None:
-        rest = Trace(number("momentum", momentum), nesterov)
+        rest = Trace(fading("momentum", momentum), nesterov)
         moment = optax.trace(momentum, nesterov, accumulator_dtype)
     core = decayed(core, moment, learning_rate, weight_decay, mask)
     return build("sgd", core, rest, learning_rate, before, weight_decay, mask)
@@ -89,7 +89,7 @@ def ema(
     moment = optax.ema(decay, debias, accumulator_dtype)
     core = optax.chain(moment, optax.scale_by_learning_rate(learning_rate))
     core = decayed(core, moment, learning_rate, weight_decay, mask)
-    rest = Ema(number("decay", decay), debias)
+    rest = Ema(fading("decay", decay), debias)
     return build("ema", core, rest, learning_rate, before, weight_decay, mask)
 
 

@@ -17,6 +17,7 @@ class RowClock(NamedTuple):
       last_step: `[num_rows]` int32, the step up to which a row is settled.
       sums: `[num_rows, k]`, the running sums of that step.
       now: `[k]`, those of the present step.
+      mark: `[f]`, numbers by which another optimizer is told from the one that made this.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -28,6 +29,7 @@ class RowClock(NamedTuple):
     last_step: Array
     sums: Array
     now: Array
+    mark: Array
 
 
 class ExactState(NamedTuple):
@@ -51,16 +53,11 @@ class ExactState(NamedTuple):
     clocks: Any
 
 
-def is_clock(x: Any) -> bool:
-    """`isinstance(x, RowClock)` or `None`, for `is_leaf=` of `jax.tree`."""
-    return x is None or isinstance(x, RowClock)
-
-
-def counts(core_state: Any, step: Array) -> Counts:
+def counts(core_state: Any, step: Array, treedef: Any) -> Counts:
     """The counts of an optax state; `step` where it has none of a kind."""
     return Counts(
         *(
-            next((node.count for node in _nodes(core_state, test)), step)
+            next((node.count for node in _nodes(core_state, test, treedef)), step)
             for test in (
                 lambda node: {"count"} < set(getattr(node, "_fields", ())),
                 lambda node: type(node).__name__ == "ScaleByScheduleState",
@@ -73,7 +70,9 @@ def counts(core_state: Any, step: Array) -> Counts:
 def moments(core_state: Any, fields: Sequence[str], treedef: Any) -> dict[str, list[Array]]:
     """For each field its leaves, in the order of the parameters."""
     return {
-        field: treedef.flatten_up_to(getattr(next(_nodes(core_state, _with(field))), field))
+        field: treedef.flatten_up_to(
+            getattr(next(_nodes(core_state, _with(field), treedef)), field)
+        )
         for field in fields
     }
 
@@ -81,7 +80,7 @@ def moments(core_state: Any, fields: Sequence[str], treedef: Any) -> dict[str, l
 def with_moments(core_state: Any, new: dict[str, list[Array]], treedef: Any) -> Any:
     """`core_state` with these fields put in."""
     for field, leaves in new.items():
-        test = _with(field)
+        test = _outside(treedef, _with(field))
 
         def put(node: Any, test: Any = test, field: str = field, leaves: Any = leaves) -> Any:
             return node._replace(**{field: treedef.unflatten(leaves)}) if test(node) else node
@@ -94,9 +93,19 @@ def _with(field: str) -> Callable[[Any], bool]:
     return lambda node: field in getattr(node, "_fields", ())
 
 
-def _nodes(state: Any, test: Callable[[Any], bool]) -> Any:
-    """The outermost named tuples of `state` that pass the test."""
-    return filter(test, jax.tree.leaves(state, is_leaf=test))
+def _outside(treedef: Any, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """`test`, but for trees like the parameters: the user's names may be those of optax."""
+    return lambda node: test(node) and jax.tree.structure(node) != treedef
+
+
+def _nodes(state: Any, test: Callable[[Any], bool], treedef: Any) -> Any:
+    """The outermost named tuples of `state` that pass the test, outside trees of moments."""
+    wanted = _outside(treedef, test)
+
+    def stop(node: Any) -> bool:
+        return wanted(node) or jax.tree.structure(node) == treedef
+
+    return filter(wanted, jax.tree.leaves(state, is_leaf=stop))
 
 
 def behind(step: Array, last_step: Array) -> Array:

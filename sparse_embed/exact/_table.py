@@ -42,6 +42,7 @@ class Table:
       name: as the user would write the leaf, for messages.
       catch_up: the rows of a block and their moments after the steps that they missed.
       ledger: its running sums.
+      marked: numbers by which another optimizer is told from this one, so many steps ahead.
       step: `[]` int32, steps made.
       counts: the counts of the inner state at this step.
     """
@@ -49,12 +50,15 @@ class Table:
     name: str
     catch_up: CatchUp
     ledger: Ledger
+    marked: Callable[[int], Array]
     step: Array
     counts: Counts
 
     def settled_rows(self, indices: Array, held: Held) -> Held:
         """Brings the rows at ascending, distinct `indices` up to date; others stay as they are."""
         w, moments, clock = held
+        if not indices.size:
+            return held
         new, after, last, sums = self._listed(indices, held)
         return (
             set_rows(w, indices, new),
@@ -63,6 +67,7 @@ class Table:
                 set_rows(clock.last_step, indices, last),
                 set_rows(clock.sums, indices, sums),
                 clock.now,
+                clock.mark,
             ),
         )
 
@@ -83,15 +88,21 @@ class Table:
             then,
             clock.now,
         )
-        agrees = self.agrees(clock.now)
+        agrees = self.agrees(clock)
         new, after = self.catch_up(block)
         # What padding writes is dropped. The old values make each write wait for its read; else
         # XLA would copy the whole array first.
         last = jnp.where(real, self.step, last)
         return nan_where(~agrees, new), after, last, jnp.where(real[:, None], clock.now, then)
 
+    def start(self, num_rows: int) -> RowClock:
+        """The clock of rows that are all up to date."""
+        now = self.ledger.start(self.counts)
+        rows = jnp.broadcast_to(self.step, (num_rows,))
+        return RowClock(rows, jnp.tile(now, (num_rows, 1)), now, self.marked(0))
+
     def settled(self, held: Held) -> Held:
-        """Brings all rows up to date, a block of rows at a time."""
+        """Brings all rows up to date, a block of rows at a time; nothing, if they all are."""
         num_rows = held[0].shape[0]
         size = min(BLOCK, num_rows)
         if not size:
@@ -101,11 +112,13 @@ class Table:
             # Indices beyond the last row are padding.
             return self.settled_rows(number * size + jnp.arange(size), held)
 
-        return jax.lax.fori_loop(0, -(-num_rows // size), block, held)
+        late = jnp.any(held[2].last_step != self.step)
+        return jax.lax.fori_loop(0, jnp.where(late, -(-num_rows // size), 0), block, held)
 
     def advanced(self, update: Any, clock: RowClock) -> tuple[Any, RowClock]:
         """The update of one step with rows that are behind made NaN, and the clock after it."""
-        agrees, step = self.agrees(clock.now), self.step + 1
+        clock = jax.tree.map(jnp.asarray, clock)
+        agrees, step = self.agrees(clock), self.step + 1
         raise_if_other(self.name, agrees)
         now = nan_where(~agrees, self.ledger.advance(clock.now, self.counts))
         if not isinstance(update, RowSparse):
@@ -113,7 +126,7 @@ class Table:
             self._check_late(late)
             late = late.reshape(-1, *(1,) * (update.ndim - 1)) | ~agrees
             sums = jnp.broadcast_to(now, clock.sums.shape)
-            clock = RowClock(jnp.full_like(clock.last_step, step), sums, now)
+            clock = RowClock(jnp.full_like(clock.last_step, step), sums, now, self.marked(1))
             return jnp.where(late, jnp.nan, update), clock
         indices = update.indices
         real, last = indices < update.num_rows, gather_rows(clock.last_step, indices)
@@ -126,12 +139,17 @@ class Table:
             set_rows(clock.last_step, indices, jnp.where(real, step, last)),
             set_rows(clock.sums, indices, sums),
             now,
+            self.marked(1),
         )
         return RowSparse._make(indices, rows, update.shape, True), clock
 
-    def agrees(self, now: Array) -> Array:
-        """Whether the state's sums are of this optimizer's schedules, `[]` bool."""
-        return self.ledger.agrees(now, self.counts)
+    def agrees(self, clock: RowClock) -> Array:
+        """Whether the clock is of this optimizer, its schedules and numbers: `[]` bool."""
+        mark = self.marked(0)
+        shapes = jnp.shape(clock.mark), jnp.shape(clock.now)
+        if shapes != (mark.shape, (self.ledger.size,)):
+            raise ValueError(_other(self.name))
+        return ~jnp.any(jnp.abs(clock.mark - mark) > 1e-3 * jnp.abs(mark) + 1e-30)
 
     def _check_late(self, late: Array) -> None:
         if is_concrete(late) and bool(jnp.any(late)):
@@ -146,14 +164,16 @@ class Table:
 
 
 def raise_if_other(name: str, agrees: Array) -> None:
-    """Raises where it is known that the sums of a table are of another schedule."""
+    """Raises where it is known that a clock is of another optimizer."""
     if is_concrete(agrees) and not bool(agrees):
-        raise ValueError(
-            message(
-                f"tx.settle or tx.update: {name} has an opt_state of another learning rate, "
-                "schedule or decay than tx.",
-                "sums of steps to come that are not those of this tx",
-                "params, inner = old_tx.to_dense(params, opt_state); "
-                "opt_state = new_tx.from_dense(params, inner)",
-            )
-        )
+        raise ValueError(_other(name))
+
+
+def _other(name: str) -> str:
+    return message(
+        f"tx.settle or tx.update: {name} has an opt_state of another optimizer, learning rate, "
+        "schedule or decay than tx.",
+        "running sums that are not those of this tx",
+        "params, inner = old_tx.to_dense(params, opt_state); "
+        "opt_state = new_tx.from_dense(params, inner)",
+    )

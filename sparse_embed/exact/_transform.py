@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._errors import describe, message
 from sparse_embed._lazy import LazyState, lazy
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._segments import distinct, flat_indices, gather_rows
-from sparse_embed.exact._state import ExactState, RowClock
+from sparse_embed.exact._checks import (
+    check_dense_state,
+    check_finite,
+    check_rows,
+    check_state,
+    clocks_of,
+    ids_of,
+)
+from sparse_embed.exact._state import ExactState
 from sparse_embed.exact._table import Table, raise_if_other
 
 
@@ -21,10 +28,11 @@ class ExactTransformation(optax.GradientTransformationExtraArgs):
     """An optax transformation whose rows may be behind, and `settle`, which brings them up to date.
 
     `settle(params, opt_state, ids=None, *, coalesced=False) -> (params, opt_state)`: `ids` is a
-    tree like the params of index arrays of any shape, or `None` for a leaf to leave alone, as
-    `se.touched` returns it; without `ids` all rows of all tables are settled, a block at a time.
-    `coalesced=True` promises ascending distinct indices, as from `se.touched`, and saves a sort.
-    `se.train_step` calls it by itself.
+    tree like the params, as `se.touched` returns it: index arrays of any shape for what is read by
+    row, `None` for a leaf that is used whole (or not at all), of which all rows are settled.
+    Without `ids` all rows of all leaves are, a block at a time. `coalesced=True` promises ascending
+    distinct indices, as from `se.touched`, and saves a sort. `se.train_step` calls it by itself.
+    Params and state belong together: settled params beside the state from before are moved twice.
 
     `view(params, opt_state, ids) -> rows` reads rows as if they were settled and changes nothing:
     `ids` of any shape for some leaves and `None` for the others give `[*ids.shape, *features]`; an
@@ -83,7 +91,7 @@ class Exact(abc.ABC):
         def checked(
             params: Any, opt_state: ExactState, ids: Any = None, *, coalesced: bool = False
         ) -> tuple[Any, ExactState]:
-            _check_state("tx.settle(params, opt_state)", opt_state)
+            check_state("tx.settle(params, opt_state)", opt_state)
             params, opt_state, agreeing = settle(params, opt_state, ids, coalesced=coalesced)
             for name, agrees in agreeing.items():
                 raise_if_other(name, agrees)
@@ -106,27 +114,29 @@ class Exact(abc.ABC):
     def from_dense(self, params: Any, inner_state: Any) -> ExactState:
         step = jnp.zeros((), jnp.int32)
         leaves, treedef = _flat(params)
-        clocks: list[Any] = [None] * len(leaves)
+        made: list[Any] = [None] * len(leaves)
+        check_dense_state(self.inner, params, inner_state)
         for k, table in self.tables(params, inner_state, step).items():
-            now, rows = jax.jit(table.ledger.start)(table.counts), jnp.shape(leaves[k])[0]
-            clocks[k] = RowClock(jnp.zeros(rows, jnp.int32), jnp.tile(now, (rows, 1)), now)
-        return ExactState(inner_state, step, treedef.unflatten(clocks))
+            made[k] = jax.jit(table.start, static_argnums=0)(jnp.shape(leaves[k])[0])
+            check_finite(table.name, made[k].now)
+        return ExactState(inner_state, step, treedef.unflatten(made))
 
     def settle(
         self, params: Any, state: ExactState, ids: Any = None, *, coalesced: bool = False
     ) -> tuple[Any, ExactState, dict[str, Array]]:
         """Also returns, for each table, whether the state is of this optimizer's schedules."""
         leaves, treedef = _flat(params)
-        clocks = treedef.flatten_up_to(state.clocks)
+        clocks = clocks_of(treedef, state)
         held = self.held(params, state.inner_state)
-        listed = None if ids is None else _listed(treedef, ids)
+        listed = None if ids is None else ids_of(treedef, ids)
         agreeing = {}
         for k, table in self.tables(params, state.inner_state, state.step).items():
-            agreeing[table.name] = table.agrees(clocks[k].now)
+            check_rows(table.name, leaves[k], clocks[k])
+            agreeing[table.name] = table.agrees(clocks[k])
             own = leaves[k], held[k], clocks[k]
-            if listed is None:
+            if listed is None or listed[k] is None:
                 own = table.settled(own)
-            elif listed[k] is not None:
+            else:
                 rows = jnp.shape(leaves[k])[0]
                 indices = listed[k] if coalesced else _distinct(listed[k], rows)
                 own = table.settled_rows(indices, own)
@@ -136,13 +146,13 @@ class Exact(abc.ABC):
         return treedef.unflatten(leaves), settled, agreeing
 
     def view(self, params: Any, state: ExactState, ids: Any) -> Any:
-        _check_state("tx.view(params, opt_state, ids)", state)
+        check_state("tx.view(params, opt_state, ids)", state)
         leaves, treedef = _flat(params)
-        clocks = treedef.flatten_up_to(state.clocks)
+        clocks = clocks_of(treedef, state)
         held = self.held(params, state.inner_state)
         tables = self.tables(params, state.inner_state, state.step)
         found: list[Any] = [None] * len(leaves)
-        for k, listed in enumerate(_listed(treedef, ids)):
+        for k, listed in enumerate(ids_of(treedef, ids)):
             if listed is None:
                 continue
             num_rows, *features = jnp.shape(leaves[k])
@@ -156,7 +166,7 @@ class Exact(abc.ABC):
         return treedef.unflatten(found)
 
     def update(self, grads: Any, state: ExactState, params: Any = None, **extra: Any) -> Any:
-        _check_state("tx.update(grads, opt_state, params)", state)
+        check_state("tx.update(grads, opt_state, params)", state)
         old = LazyState(state.inner_state, {})
         updates, new = lazy(self.inner).update(grads, old, params, **extra)
         leaves, treedef = _flat(updates)
@@ -173,31 +183,6 @@ def _flat(tree: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(tree, is_leaf=is_row_sparse)
 
 
-def _listed(treedef: Any, ids: Any) -> list[Any]:
-    """The ids of each leaf, or `None`."""
-    try:
-        return treedef.flatten_up_to(ids)
-    except (TypeError, ValueError):
-        raise ValueError(
-            message(
-                "tx.settle(params, opt_state, ids): ids is no tree like params.",
-                f"{jax.tree.structure(ids)} where {treedef} belongs",
-                "tx.settle(params, opt_state, se.touched(loss_fn)(params, batch))",
-            )
-        ) from None
-
-
 def _distinct(ids: Any, num_rows: int) -> Array:
     ids = flat_indices(ids, num_rows).reshape(-1)
     return distinct(ids, num_rows, min(ids.size, num_rows)).indices
-
-
-def _check_state(call: str, state: Any) -> None:
-    if not isinstance(state, ExactState):
-        raise TypeError(
-            message(
-                f"{call}: opt_state is not a state of se.exact.",
-                describe(state),
-                "opt_state = tx.init(params), or tx.from_dense(params, dense_state)",
-            )
-        )

@@ -157,8 +157,7 @@ LEVELS = [
     {"_row_sparse", "_params_ema", "_ids", "_rowwise", "_reads", "_live", "_layout", "exact._rest"},
     {"_coalesce", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"}
     | {"exact._momentum", "exact._adaptive", "exact._state"},
-    {"_bag", "_walk", "_replay", "_on_rows", "exact._table"}
-    | {"exact._checks"},
+    {"_bag", "_walk", "_replay", "_on_rows", "exact._table"} | {"exact._checks"},
     {"_program", "_update", "exact._catch_up"},
     {"exact._rest_step", "_grad", "_touched", "_separable", "_settled", "_audit"},
     {"_lazy"},

@@ -10,10 +10,10 @@ from jax import Array
 from sparse_embed._delayed import Leaf, whole
 from sparse_embed._errors import message
 from sparse_embed._jaxpr import is_float, varying_axes
+from sparse_embed._listed import Listed, Part
 from sparse_embed._plan import Plan, Site
 from sparse_embed._program import Program, Tables, find_tables, trace
 from sparse_embed._replay import Taps, replay
-from sparse_embed._row_sparse import RowSparse, summed
 
 
 def value_and_grad(
@@ -60,13 +60,11 @@ def value_and_grad(
       [3.0, 3.0]
     """
 
+    listing = value_and_listed(fun, argnums, has_aux, tables=tables)
+
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
-        program = trace(fun, argnums, args, kwargs)
-        first = _check_like_jax(fun, argnums, has_aux, program, args, kwargs)
-        live = [i == first for i in range(len(program.jaxpr.outvars))]
-        found, plan = find_tables(program, tables, live)
-        outs, grads = _differentiate(program, plan, found, first)
-        return program.output(outs), program.treedef.unflatten(grads)
+        value, grads = listing(*args, **kwargs)
+        return value, jax.tree.map(_coalesced, grads, is_leaf=is_listed)
 
     return value_and_grad_fun
 
@@ -105,6 +103,35 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return grad_fun
+
+
+def value_and_listed(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    *,
+    tables: Tables = None,
+) -> Callable[..., Any]:
+    """As `value_and_grad`, with a `Listed` for each table: repeats are not summed yet."""
+
+    def value_and_listed_fun(*args: Any, **kwargs: Any) -> Any:
+        program = trace(fun, argnums, args, kwargs)
+        first = _check_like_jax(fun, argnums, has_aux, program, args, kwargs)
+        live = [i == first for i in range(len(program.jaxpr.outvars))]
+        found, plan = find_tables(program, tables, live)
+        outs, grads = _differentiate(program, plan, found, first)
+        return program.output(outs), program.treedef.unflatten(grads)
+
+    return value_and_listed_fun
+
+
+def is_listed(x: Any) -> bool:
+    """`isinstance(x, Listed)`, to be given to `jax.tree.map(..., is_leaf=)`."""
+    return isinstance(x, Listed)
+
+
+def _coalesced(grad: Any) -> Any:
+    return grad.coalesced() if is_listed(grad) else grad
 
 
 def _check_like_jax(
@@ -159,7 +186,12 @@ def _differentiate(
     )(dense, taps)
     outs[first] = value
     for k in tables:
-        grads[k] = _row_sparse(leaves[k], k, plan.sites, ids, tap_grads)
+        parts = [
+            _part(site, listed, tap[site.leaves.index(k)], leaves[k].shape[1:])
+            for site, listed, tap in zip(plan.sites, ids, tap_grads, strict=True)
+            if k in site.leaves
+        ]
+        grads[k] = Listed(parts, leaves[k].shape, leaves[k].dtype)
     if tables:
         _tie(outs, grads)
     return outs, [grads[k] for k in range(len(leaves))]
@@ -184,23 +216,17 @@ def _check_devices(program: Program, plan: Plan) -> None:
 
 def _tap(site: Site, table: Array) -> Array:
     minus_zero = -0.0 if jnp.issubdtype(table.dtype, jnp.floating) else complex(-0.0, -0.0)
-    return jnp.full((*site.shape, *table.shape[1:]), minus_zero, table.dtype)
+    return jnp.full((*site.tap_shape, *table.shape[1:]), minus_zero, table.dtype)
 
 
-def _row_sparse(
-    table: Array, leaf: int, sites: list[Site], ids: list[Array], tap_grads: list[Taps]
-) -> RowSparse:
-    """Joins what the sites of one leaf list, and coalesces it."""
-    features = table.shape[1:]
-    indices, rows = [jnp.zeros(0, jnp.int32)], [jnp.zeros((0, *features), table.dtype)]
-    for site, listed, taps in zip(sites, ids, tap_grads, strict=True):
-        if leaf in site.leaves:
-            indices.append(listed.reshape(-1))
-            rows.append(taps[site.leaves.index(leaf)].reshape(-1, *features))
-    if len(indices) == 2:
-        return summed(RowSparse._make(indices[1], rows[1], table.shape, False), "se.grad")
-    joined = jnp.concatenate(indices), jnp.concatenate(rows)
-    return summed(RowSparse._make(*joined, table.shape, False), "se.grad")
+def _part(site: Site, ids: Array, rows: Array, features: tuple[int, ...]) -> Part:
+    """What one site lists, flat."""
+    if site.bag is None:
+        ids = ids.reshape(1, -1)
+    else:
+        ids = jnp.moveaxis(ids, site.bag, 0)
+        ids = ids.reshape(ids.shape[0], -1)
+    return Part(ids, rows.reshape(ids.shape[1], *features))
 
 
 def _tie(outs: list[Array], grads: dict[int, Any]) -> None:
@@ -217,6 +243,5 @@ def _tie(outs: list[Array], grads: dict[int, Any]) -> None:
             number = jnp.real(x.reshape(-1)[0]).astype(jnp.float32)
             never |= (number > 1) & (number < 0)
     for k, g in grads.items():
-        if isinstance(g, RowSparse):
-            indices = g.indices + never.astype(g.indices.dtype)
-            grads[k] = RowSparse._make(indices, g.rows, g.shape, True)
+        if is_listed(g):
+            grads[k] = g.after(never)

@@ -1,42 +1,52 @@
 """`lazy`: any row-separable optax transformation, at the cost of the rows touched."""
 
-import warnings
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import Array
 
 from sparse_embed._errors import describe, message
-from sparse_embed._layout import StateLayout, check_state, state_layout
-from sparse_embed._row_sparse import is_row_sparse, summed
+from sparse_embed._in_blocks import InBlocks
+from sparse_embed._layout import check_state, state_layout
+from sparse_embed._lazy_state import (
+    LazyState,
+    check_clock,
+    check_lazy_state,
+    check_params,
+    new_row_counts,
+    warn_of_accumulators,
+)
+from sparse_embed._listed import Listed
+from sparse_embed._row_sparse import RowSparse, is_row_sparse, summed
 from sparse_embed._separable import check_separable
-from sparse_embed._update import Update, run_update
+from sparse_embed._tuning import in_blocks
+from sparse_embed._update import Update, run_update, struct
 
 
-class LazyState(NamedTuple):
-    """State of `lazy`.
+class LazyTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation that can also apply what it computes.
 
-    Args:
-      inner_state: the inner transformation's own state, in its own layout.
-      row_counts: with `clock="row"`, for each count of the inner state that sits beside moments:
-        its path, and `[num_rows]` int32 steps for each parameter leaf; else empty.
+    `apply(grads, opt_state, params, **extra) -> (params, opt_state)` does what `update` and
+    `optax.apply_updates` do, a few rows at a time, so that the updates of a table are never laid
+    out. `se.train_step` calls it.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
-      >>> state = se.lazy(optax.adam(0.1), clock="row").init({"table": jnp.ones((4, 2))})
-      >>> type(state.inner_state[0]).__name__, [c[0].tolist() for c in state.row_counts.values()]
-      ('ScaleByAdamState', [[0, 0, 0, 0]])
+      >>> params = {"table": jnp.ones((1000, 2))}
+      >>> tx = se.lazy(optax.sgd(0.5))
+      >>> grads = se.grad(lambda p: p["table"][jnp.array([3])].sum())(params)
+      >>> params, state = tx.apply(grads, tx.init(params), params)
+      >>> params["table"][3].tolist()
+      [0.5, 0.5]
     """
 
-    inner_state: Any
-    row_counts: dict[str, list[Array]]
+    apply: Callable[..., tuple[Any, LazyState]]
 
 
 def lazy(
     inner: optax.GradientTransformation, *, clock: Literal["global", "row"] = "global"
-) -> optax.GradientTransformationExtraArgs:
+) -> LazyTransformation:
     """Lifts an optax transformation, whole chain included, to row-sparse gradients.
 
     The update of a touched row is the one that `inner` computes for the whole table; rows that are
@@ -98,110 +108,55 @@ def lazy(
         tables = [k for k, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0) and leaf.size]
         layout = state_layout(inner, params, tables)
         check_separable(inner, params, layout, tables)
-        counts = _new_row_counts(params, layout) if clock == "row" else {}
+        counts = new_row_counts(params, layout) if clock == "row" else {}
         inner_state = inner.init(params)
-        _warn_of_accumulators(inner_state)
+        warn_of_accumulators(inner_state)
         return LazyState(inner_state, counts)
+
+    def prepared(call: str, updates: Any, state: LazyState, params: Any) -> tuple[Update, Any]:
+        check_lazy_state(state)
+        grads, treedef = jax.tree.flatten(updates, is_leaf=is_row_sparse)
+        grads = [summed(g, call) if is_row_sparse(g) else g for g in grads]
+        check_params(grads, treedef, params)
+        dense = [struct(g) for g in grads]
+        like = jax.tree.unflatten(treedef, dense) if params is None else params
+        tables = [k for k, g in enumerate(grads) if isinstance(g, RowSparse | Listed)]
+        layout = state_layout(inner, like, tables)
+        leaves = check_state(layout, state.inner_state)
+        check_clock(clock, layout, updates, state.row_counts)
+        return Update(inner, layout, treedef, grads), leaves
 
     def update_fn(
         updates: Any, state: LazyState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, LazyState]:
-        _check_lazy_state(state)
-        grads, treedef = jax.tree.flatten(updates, is_leaf=is_row_sparse)
-        tables = {
-            k: summed(g, "tx.update(grads, opt_state, params)")
-            for k, g in enumerate(grads)
-            if is_row_sparse(g)
-        }
-        _check_params(grads, treedef, params)
-        dense = [jax.ShapeDtypeStruct(jnp.shape(g), jnp.result_type(g)) for g in grads]
-        like = jax.tree.unflatten(treedef, dense) if params is None else params
-        layout = state_layout(inner, like, sorted(tables))
-        job = Update(inner, layout, treedef, [tables.get(k, g) for k, g in enumerate(grads)])
-        leaves = check_state(layout, state.inner_state)
-        _check_clock(clock, layout, updates, state.row_counts)
-        new_updates, new_leaves, row_counts = run_update(
+        call = "tx.update(grads, opt_state, params)"
+        job, leaves = prepared(call, updates, state, params)
+        new_updates, leaves, row_counts = run_update(
             job, leaves, params, state.row_counts, extra_args
         )
-        inner_state = layout.treedef.unflatten(new_leaves)
-        return jax.tree.unflatten(treedef, new_updates), LazyState(inner_state, row_counts)
+        inner_state = job.layout.treedef.unflatten(leaves)
+        return jax.tree.unflatten(job.treedef, new_updates), LazyState(inner_state, row_counts)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def apply_fn(
+        updates: Any, state: LazyState, params: Any, **extra_args: Any
+    ) -> tuple[Any, LazyState]:
+        call = "tx.apply(grads, opt_state, params)"
+        job, leaves = prepared(call, updates, state, params)
+        if any(in_blocks(g.indices.size) for g in job.tables.values()):
+            work = InBlocks(job, leaves, jax.tree.leaves(params), state.row_counts, extra_args)
+            reductions = work.reductions()
+            if reductions is not None:
+                found, leaves, row_counts = work.run(reductions)
+                inner_state = job.layout.treedef.unflatten(leaves)
+                new = [
+                    x if k in job.tables else optax.apply_updates(p, x)
+                    for k, (p, x) in enumerate(zip(work.params, found, strict=True))
+                ]
+                return jax.tree.unflatten(job.treedef, new), LazyState(inner_state, row_counts)
+        updates = jax.tree.map(lambda g: g.coalesced() if isinstance(g, Listed) else g, updates)
+        updates, state = update_fn(updates, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state
 
-
-def _warn_of_accumulators(inner_state: Any) -> None:
-    """Gradients gathered over several steps reach only the rows of the step that emits them."""
-    kinds = (optax.MultiStepsState, optax.ApplyEvery)
-    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
-    for node in nodes:
-        if isinstance(node, kinds):
-            text = message(
-                "se.lazy(inner): inner gathers gradients over several steps, but only rows that "
-                "the emitting step touches will move; what other rows gathered waits or is lost.",
-                f"a state of type {type(node).__name__}",
-                "grads = grads_1 + grads_2 for a table's RowSparse gradients, then one tx.update",
-            )
-            warnings.warn(text, UserWarning, stacklevel=3)
-            return
-
-
-def _new_row_counts(params: Any, layout: StateLayout) -> dict[str, list[Array]]:
-    with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
-    counts = layout.counts([path for path, _ in with_paths])
-    heights = [jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for _, leaf in with_paths]
-    return {
-        jax.tree_util.keystr(layout.paths[i]): [
-            jnp.zeros(rows if k in beside else 0, jnp.int32) for k, rows in enumerate(heights)
-        ]
-        for i, beside in counts.items()
-    }
-
-
-def _check_lazy_state(state: Any) -> None:
-    if not isinstance(state, LazyState):
-        raise TypeError(
-            message(
-                "tx.update(grads, opt_state, params): opt_state is not a state of se.lazy.",
-                describe(state),
-                "opt_state = tx.init(params), with the tx that se.lazy returned",
-            )
-        )
-
-
-def _check_clock(
-    clock: str, layout: StateLayout, grads: Any, row_counts: dict[str, list[Array]]
-) -> None:
-    """The state must count the rows' steps where this transformation does, and only there."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
-    counts = layout.counts([path for path, _ in paths]) if clock == "row" else {}
-    missing = {jax.tree_util.keystr(layout.paths[i]) for i in counts} - row_counts.keys()
-    if missing or (clock == "global" and row_counts):
-        raise ValueError(
-            message(
-                "tx.update(grads, opt_state, params): opt_state was made with another clock.",
-                f"row_counts of {sorted(row_counts)}, where clock={clock!r}",
-                "opt_state = tx.init(params) with this tx",
-            )
-        )
-
-
-def _check_params(grads: list[Any], treedef: Any, params: Any) -> None:
-    """Gradients and params must be trees of the same shapes."""
-    if params is None:
-        return
-    with_paths, param_treedef = jax.tree_util.tree_flatten_with_path(params)
-    call = "tx.update(grads, opt_state, params)"
-    if treedef != param_treedef:
-        raise ValueError(
-            message(
-                f"{call}: grads and params are different trees.",
-                f"grads {treedef}, params {param_treedef}",
-                "_, grads = se.value_and_grad(loss_fn)(params, batch)",
-            )
-        )
-    for (path, leaf), grad in zip(with_paths, grads, strict=True):
-        if jnp.shape(leaf) != jnp.shape(grad):
-            name = "params" + jax.tree_util.keystr(path)
-            got = f"{name} {describe(leaf)}, its gradient of shape {jnp.shape(grad)}"
-            instead = "the gradient of these params"
-            raise ValueError(message(f"{call}: a gradient of another table.", got, instead))
+    tx = LazyTransformation(init_fn, update_fn)
+    tx.apply = apply_fn
+    return tx

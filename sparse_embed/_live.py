@@ -89,3 +89,19 @@ def live_operands(eqn: JaxprEqn, live_out: Sequence[bool]) -> list[bool]:
         inputs = live_inputs(body, flags)
         return [False] * in_cond + inputs[:in_body] + flags
     return [True] * len(eqn.invars)
+
+
+def only_uses(jaxpr: Any) -> dict[Any, int]:
+    """The values that are used once, with the number of the equation that does so.
+
+    For one that is output i and nothing else, the number is `-1 - i`.
+    """
+    uses: dict[Any, list[int]] = {}
+    for number, eqn in enumerate(jaxpr.eqns):
+        for v in eqn.invars:
+            if not isinstance(v, Literal):
+                uses.setdefault(v, []).append(number)
+    for i, v in enumerate(jaxpr.outvars):
+        if not isinstance(v, Literal):
+            uses.setdefault(v, []).append(-1 - i)
+    return {v: numbers[0] for v, numbers in uses.items() if len(numbers) == 1}

@@ -38,6 +38,7 @@ from sparse_embed._jaxpr import (
     source_line,
     transform_name,
 )
+from sparse_embed._reductions import Reduction
 from sparse_embed._rowwise import ELEMENTWISE, REDUCTIONS, bind_on_rows, is_row_wise
 
 
@@ -62,18 +63,27 @@ class OnRows:
         self.given = {id(x) for x in given}
         self._calls: list[JaxprEqn] = []  # the calls that the current equation is in
 
-    def run(self, program: tuple[Any, Sequence[Any]], args: Sequence[Any]) -> list[Any]:
-        """Runs `(jaxpr, consts)`; each value is an array, `Rows`, `PerRow` or `Refused`."""
+    def run(
+        self,
+        program: tuple[Any, Sequence[Any]],
+        args: Sequence[Any],
+        only: Sequence[bool] | None = None,
+    ) -> list[Any]:
+        """Runs `(jaxpr, consts)`; each value is an array, `Rows`, `PerRow` or `Refused`.
+
+        With `only`, the equations for which it is true, and outputs of the others are `None`.
+        """
         jaxpr, consts = program
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
 
         def read(v: Any) -> Any:
-            return v.val if isinstance(v, _jaxpr.Literal) else env[v]
+            return v.val if isinstance(v, _jaxpr.Literal) else env.get(v)
 
-        for eqn in jaxpr.eqns:
-            outs = self._eqn(eqn, [read(v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
+        for number, eqn in enumerate(jaxpr.eqns):
+            if only is None or only[number]:
+                outs = self._eqn(eqn, [read(v) for v in eqn.invars])
+                env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
     def block(self, value: Any, table: int, n: int) -> Any:
@@ -156,13 +166,15 @@ class OnRows:
         if x.idle is None or (summing and x.idle != 0) or name == "reduce_prod":
             why = "adds up" if summing else "compares"
             return self._refuse(eqn, tables, f"{why} all rows, the untouched ones too")
-        real = self.real[x.table].reshape(-1, *(1,) * (x.block.ndim - 1))
-        masked = jnp.where(real, x.block, jnp.asarray(x.idle, x.block.dtype))
-        (out,) = bind(eqn, [masked])
-        if not summing and self.real[x.table].shape[0] < self.heights[x.table]:
-            combine = _COMBINE[name]  # some row is untouched for sure
-            out = combine(out, jnp.asarray(x.idle, out.dtype))
-        return [out]
+        path = (*map(id, self._calls), id(eqn))
+        return [self.reduce(path, Reduction(eqn, x.table, x.idle), x.block)]
+
+    def reduce(self, path: tuple[int, ...], reduction: Reduction, block: Array) -> Array:
+        """The result of a reduction over all rows. `path` tells it from all others."""
+        real, height = self.real[reduction.table], self.heights[reduction.table]
+        out = reduction.of(block, real)
+        # Padding is there only where some row is untouched.
+        return reduction.end(out, real.shape[0] < height)
 
     def _per_row(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         """Equations on per-row scalars: each is spread over the features it meets."""
@@ -231,14 +243,6 @@ class OnRows:
         where = f"{transform_name(written)} {why}"
         reason = f"`{eqn.primitive.name}` in {where} ({source_line(written)})"
         return [Refused(reason, tables)] * len(eqn.outvars)
-
-
-_COMBINE: dict[str, Callable[[Any, Any], Array]] = {
-    "reduce_max": jnp.maximum,
-    "reduce_min": jnp.minimum,
-    "reduce_and": jnp.bitwise_and,
-    "reduce_or": jnp.bitwise_or,
-}
 
 
 def _full(value: Any, n: int) -> Array:

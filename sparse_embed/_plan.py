@@ -16,11 +16,12 @@ class Tag(NamedTuple):
     read: frozenset[int] = _NONE  # it is a row-wise function of these
     live: frozenset[int] = _NONE  # and a derivative can flow back to these of them
     hidden: frozenset[int] = _NONE  # it came through a whole use of these
+    leaf: bool = False  # it is one of these leaves, with no operation in between
 
 
 def join(tags: Iterable[Tag]) -> Tag:
     """The tag of a value made of values with these tags."""
-    read, live, hidden = zip(*tags, strict=True)
+    read, live, hidden, _ = zip(*tags, strict=True)
     return Tag(_NONE.union(*read), _NONE.union(*live), _NONE.union(*hidden))
 
 
@@ -36,6 +37,8 @@ class Site:
       shape: shape of the ids as seen from the plan that holds the site: `[*outer, *lead]`, with
         one outer axis for each `scan` and `shard_map` in between.
       axes: mesh axes over which the ids differ between devices.
+      bag: the axis of the ids, counted from the last, over which the program adds the rows up
+        right away; `None` if it does not. The taps are then those of the sums.
     """
 
     read: RowRead
@@ -44,6 +47,15 @@ class Site:
     line: str
     shape: tuple[int, ...]
     axes: tuple[str, ...] = ()
+    bag: int | None = None
+
+    @property
+    def tap_shape(self) -> tuple[int, ...]:
+        """`shape`, without the axis that is summed."""
+        if self.bag is None:
+            return self.shape
+        axis = len(self.shape) + self.bag
+        return self.shape[:axis] + self.shape[axis + 1 :]
 
     def under(self, length: int, axes: tuple[str, ...]) -> "Site":
         """The same site, seen from outside an axis of `length`."""
@@ -68,14 +80,30 @@ class Step:
     keep: tuple[bool, ...] = ()
     read: RowRead | None = None
 
+    @property
+    def bag(self) -> int | None:
+        """For a row read: the axis over which its rows are added up in the same step."""
+        return self.sites[0].bag if self.kind == "read" and self.sites else None
+
+    @property
+    def summed(self) -> set[int]:
+        """Outputs that are rows already added up."""
+        if self.kind == "call":
+            return self.plans[0].summed
+        return {0} if self.bag is not None else set()
+
 
 @dataclass
 class Plan:
-    """The steps of one jaxpr, by equation number, and its sites in the order of the steps."""
+    """The steps of one jaxpr, by equation number, and its sites in the order of the steps.
+
+    `summed`: outputs that are rows already added up, as the equation outside would do.
+    """
 
     steps: dict[int, Step] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     out_tags: list[Tag] = field(default_factory=list)
+    summed: set[int] = field(default_factory=set)
 
 
 class WholeUse(NamedTuple):

@@ -36,7 +36,7 @@ class Program:
     def tags(self, tables: set[int]) -> list[Tag]:
         """The tag of each input: its own number where it is followed."""
         own = [frozenset({k}) for k in range(len(self.leaves))]
-        return [Tag(own[k], own[k]) if k in tables else Tag() for k in range(len(own))]
+        return [Tag(own[k], own[k], leaf=True) if k in tables else Tag() for k in range(len(own))]
 
 
 def trace(

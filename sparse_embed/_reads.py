@@ -21,6 +21,9 @@ _MODES = {
 }
 
 
+LONGEST_BAG = 64  # beyond that many gathers in one loop, compiling takes longer than it saves
+
+
 class Ids(NamedTuple):
     """The ids of one read, all of shape `[*lead]`."""
 
@@ -65,6 +68,41 @@ class RowRead(NamedTuple):
         ids = (x[..., None] + offset for x in (start, safe, listed, read))
         asked, safe, listed, read = ids
         return Ids(asked, safe, jnp.minimum(listed, num_rows), jnp.minimum(read, num_rows))
+
+    def summed_axis(self, total: JaxprEqn) -> int | None:
+        """The axis of the ids over which `total` adds the rows read up, counted from the last.
+
+        `None` if it does something else, or the sum is better made of the rows laid out.
+        """
+        eqn, depth = self.eqn, len(self.lead)
+        if total.primitive.name != "reduce_sum" or eqn.primitive.name != "gather" or self.run:
+            return None
+        axes, rows = total.params["axes"], eqn.outvars[0].aval
+        in_order = eqn.params["dimension_numbers"].offset_dims == tuple(range(depth, rows.ndim))
+        if len(axes) != 1 or axes[0] >= depth or not in_order:
+            return None
+        # Narrow floats are summed in a wider type, of which this equation knows nothing.
+        wide = rows.dtype in (jnp.float32, jnp.float64)
+        fill = eqn.params.get("fill_value")
+        nan = self.mode != FILL or fill is None or fill != fill
+        long = not 0 < self.lead[axes[0]] <= LONGEST_BAG
+        return axes[0] - depth if wide and nan and not long else None
+
+    def sum(self, table: Array, ids: Ids, axis: int) -> Array:
+        """The rows read, added up over `axis` of the ids, in order.
+
+        One gather for each place in the bag: XLA fuses these into one loop, where a gather of all
+        rows would be laid out in memory first.
+        """
+        total = jnp.zeros((), table.dtype)
+        safe, listed = (jnp.moveaxis(x, axis, 0) for x in (ids.safe, ids.listed))
+        for column in safe:
+            total = total + table.at[column].get(mode="promise_in_bounds")
+        if self.mode == FILL:
+            outside = jnp.any(listed == self.num_rows, axis=0)
+            outside = outside.reshape(*outside.shape, *(1,) * self._features)
+            total = jnp.where(outside, jnp.nan, total)
+        return total
 
     def place(self, rows: Array, ids: Ids) -> Array:
         """Lays `[*lead, *features]` rows out as the equation's output."""

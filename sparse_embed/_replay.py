@@ -26,7 +26,7 @@ from sparse_embed._jaxpr import (
 from sparse_embed._plan import Plan, Site, Step, site_axes
 
 Outs = tuple[list[Any], list[Array]]  # outputs, and the ids of the sites
-Taps = tuple[Array, ...]  # one tap `[*site.shape, *features]` for each leaf of a site
+Taps = tuple[Array, ...]  # one tap `[*site.tap_shape, *features]` for each leaf of a site
 
 
 def replay(
@@ -79,6 +79,9 @@ def _read(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) ->
         return bind(eqn, whole(values)), []
     assert step.read is not None
     ids = step.read.ids(whole(starts))
+    if step.bag is not None:
+        total = step.read.sum(table.whole(), ids, step.bag)
+        return [total + taps[0][0]], [ids.listed]
     flat = ids.safe.reshape(-1)
     named = {}
     for site, tap in zip(step.sites, taps, strict=True):
@@ -89,6 +92,10 @@ def _read(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) ->
     rows = table.rows(flat, named, {})
     out = step.read.place(rows.reshape(*ids.safe.shape, *rows.shape[1:]), ids)
     return [out], [getattr(ids, site.lists) for site in step.sites]
+
+
+def _done(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+    return values, []  # the sum was made where its rows were read
 
 
 def _call(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
@@ -224,6 +231,7 @@ _STEPS: dict[str, Callable[..., Outs]] = {
     "row_op": _row_op,
     "same_rows": _same_rows,
     "read": _read,
+    "done": _done,
     "call": _call,
     "checkpoint": _checkpoint,
     "cond": _cond,

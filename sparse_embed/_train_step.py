@@ -8,8 +8,8 @@ import jax
 import optax
 
 from sparse_embed._errors import describe, message
-from sparse_embed._grad import value_and_grad
-from sparse_embed._lazy import LazyState
+from sparse_embed._grad import value_and_grad, value_and_listed
+from sparse_embed._lazy_state import LazyState
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._settled import settled
 from sparse_embed._touched import touched
@@ -79,6 +79,8 @@ def train_step(
     several = not isinstance(argnums, int)
     numbers = [argnums] if isinstance(argnums, int) else list(argnums)
     gradient = value_and_grad(loss_fn, argnums, has_aux)
+    listing = value_and_listed(loss_fn, argnums, has_aux)
+    apply = getattr(tx, "apply", None)
 
     settle = getattr(tx, "settle", None)
     listed = touched(loss_fn, argnums)
@@ -100,7 +102,12 @@ def train_step(
                     "se.exact.replay(optax.partition(...))",
                 )
             )
-        value, grads = gradient(*_merge(numbers, params if several else (params,), args))
+        given = _merge(numbers, params if several else (params,), args)
+        if apply is not None:  # update and application in one, repeats not yet summed
+            value, grads = listing(*given)
+            loss = value[0] if has_aux else value
+            return *apply(grads, opt_state, params, value=loss), value
+        value, grads = gradient(*given)
         loss = value[0] if has_aux else value
         updates, opt_state = _update(tx, grads, opt_state, params, loss)
         return optax.apply_updates(params, updates), opt_state, value

@@ -12,6 +12,7 @@ from sparse_embed._blocks import PerRow, Refused, Rows
 from sparse_embed._errors import message
 from sparse_embed._jaxpr import as_jaxpr
 from sparse_embed._layout import ELSEWHERE, StateLayout
+from sparse_embed._listed import Listed
 from sparse_embed._on_rows import OnRows
 from sparse_embed._row_sparse import RowSparse
 from sparse_embed._segments import gather_rows, set_rows
@@ -19,7 +20,10 @@ from sparse_embed._segments import gather_rows, set_rows
 
 @dataclass(frozen=True)
 class Update:
-    """What is updated: `grads[k]` is a coalesced `RowSparse` where leaf k is a table."""
+    """What is updated.
+
+    Where leaf k is a table, `grads[k]` is a coalesced `RowSparse`, or `Listed` for `_in_blocks`.
+    """
 
     inner: optax.GradientTransformationExtraArgs
     layout: StateLayout
@@ -27,8 +31,8 @@ class Update:
     grads: list[Any]
 
     @property
-    def tables(self) -> dict[int, RowSparse]:
-        return {k: g for k, g in enumerate(self.grads) if isinstance(g, RowSparse)}
+    def tables(self) -> dict[int, Any]:
+        return {k: g for k, g in enumerate(self.grads) if isinstance(g, RowSparse | Listed)}
 
 
 def run_update(
@@ -58,7 +62,7 @@ def run_update(
 
     new_counts = {name: list(rows) for name, rows in row_counts.items()}
     if row_counts:
-        own = _own_counts(job, row_counts)
+        own = own_counts(job, row_counts)
         for k, grad in job.tables.items():
             mine = list(args)
             for i, name in own[k].items():
@@ -111,20 +115,26 @@ def traced(job: Update, state: list[Any], params: list[Any] | None, extra: dict)
 
 
 def struct(x: Any) -> jax.ShapeDtypeStruct:
-    dtype = x.dtype if isinstance(x, RowSparse) else jnp.result_type(x)
-    return jax.ShapeDtypeStruct(x.shape if isinstance(x, RowSparse) else jnp.shape(x), dtype)
+    known = isinstance(x, RowSparse | Listed)
+    dtype = x.dtype if known else jnp.result_type(x)
+    return jax.ShapeDtypeStruct(x.shape if known else jnp.shape(x), dtype)
 
 
-def engine_of(
-    job: Update, program: Any, trees: list[Any], state: list[Any], params: list[Any] | None
-) -> OnRows:
-    """What runs the program on the touched rows; its results must be the trees that went in."""
+def same_trees(job: Update, trees: list[Any]) -> None:
+    """Raises unless the results of an update are the trees that went in."""
     for name, tree, same in [
         ("updates", trees[0], job.treedef),
         ("state", trees[1], job.layout.treedef),
     ]:
         if tree != same:
             raise ValueError(refusal(f"its update turns the {name} into another tree, {tree}"))
+
+
+def engine_of(
+    job: Update, program: Any, trees: list[Any], state: list[Any], params: list[Any] | None
+) -> OnRows:
+    """What runs the program on the touched rows."""
+    same_trees(job, trees)
     tables = job.tables
     return OnRows(
         {k: g.num_rows for k, g in tables.items()},
@@ -153,7 +163,7 @@ def arguments(job: Update, engine: OnRows, state: list[Any], params: list[Any] |
 def _as_update(job: Update, engine: OnRows, k: int, value: Any) -> Any:
     grad = job.grads[k]
     if not isinstance(grad, RowSparse):
-        return _as_array(value, jnp.shape(grad))
+        return as_array(value, jnp.shape(grad))
     rows = engine.block(value, k, grad.rows.shape[0])
     if isinstance(rows, Refused):
         raise ValueError(refusal(rows.reason))
@@ -164,7 +174,7 @@ def _as_update(job: Update, engine: OnRows, k: int, value: Any) -> Any:
 def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
     table = job.layout.table[i]
     if table not in job.tables:
-        return _as_array(new, job.layout.shapes[i].shape)
+        return as_array(new, job.layout.shapes[i].shape)
     if new is old:
         return old
     grad = job.tables[table]
@@ -178,7 +188,8 @@ def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
     return set_rows(jnp.asarray(old), grad.indices, rows)
 
 
-def _as_array(value: Any, shape: tuple[int, ...]) -> Any:
+def as_array(value: Any, shape: tuple[int, ...]) -> Any:
+    """A result that is not rows of one table, as an ordinary array."""
     if isinstance(value, Refused):
         raise ValueError(refusal(value.reason))
     if isinstance(value, Rows) and value.table is None:
@@ -188,7 +199,7 @@ def _as_array(value: Any, shape: tuple[int, ...]) -> Any:
     return value
 
 
-def _own_counts(job: Update, row_counts: dict[str, list[Array]]) -> dict[int, dict[int, str]]:
+def own_counts(job: Update, row_counts: dict[str, list[Array]]) -> dict[int, dict[int, str]]:
     """For each table, the state leaves that count its rows' steps, with their names."""
     names = {jax.tree_util.keystr(path): i for i, path in enumerate(job.layout.paths)}
     return {

@@ -9,31 +9,30 @@ need a dense gradient.
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from sparse_embed import _jaxpr
 from sparse_embed._jaxpr import (
     CALLS,
     CHECKPOINTS,
     CUSTOM_RULES,
     JaxprEqn,
     called_jaxpr,
-    is_float,
     manual_axes,
     open_jaxpr,
     scan_split,
     source_line,
     varying_axes,
 )
-from sparse_embed._live import live_carry, live_vars
+from sparse_embed._live import live_carry, live_vars, only_uses
 from sparse_embed._plan import Plan, Site, Step, Tag, WholeUse, join, site_axes
 from sparse_embed._reads import RowRead, row_read
 from sparse_embed._rowwise import is_row_wise
+from sparse_embed._tags import behind, constant, tag_of, through, user
 
 Found = tuple[Step | None, Sequence[Tag]]  # the step of an equation, the tags of its outputs
 
 _SAME_ROWS = frozenset("optimization_barrier pvary sharding_constraint".split())
-_CONTRACTIONS = frozenset("dot_general conv_general_dilated".split())
 
 
 class Walk:
@@ -59,51 +58,74 @@ class Walk:
         self._loops = 0
         self._calls: list[str] = []
 
-    def plan(self, jaxpr: Any, in_tags: Sequence[Tag], live_out: Sequence[bool]) -> Plan:
+    def plan(
+        self,
+        jaxpr: Any,
+        in_tags: Sequence[Tag],
+        live_out: Sequence[bool],
+        totals: Sequence[JaxprEqn | None] = (),
+    ) -> Plan:
         """Plans one jaxpr.
 
         Args:
           jaxpr: an open jaxpr.
           in_tags: a tag for each input; an empty one where it is an ordinary value.
           live_out: for each output, whether it is differentiated.
+          totals: for each output, the only equation outside that uses it, where it may be made
+            one step with a read inside.
 
         Returns:
           The plan.
         """
         plan = Plan()
         live = live_vars(jaxpr, live_out)
+        only = only_uses(jaxpr)
         env: dict[Any, Tag] = dict(zip(jaxpr.invars, in_tags, strict=True))
         for number, eqn in enumerate(jaxpr.eqns):
-            tags = [_tag(env, v) for v in eqn.invars]
+            tags = [tag_of(env, v) for v in eqn.invars]
             if not any(t.read or t.hidden for t in tags):
                 continue
             outs_live = [self.list_all or v in live for v in eqn.outvars]
-            step, out_tags = self._step(eqn, tags, outs_live)
+            uses = [only.get(v, len(jaxpr.eqns)) for v in eqn.outvars]
+            then = [user(jaxpr, use, totals) for use in uses]
+            step, out_tags = self._step(eqn, tags, outs_live, then)
             if step is not None and any(t.read for t in tags):
                 plan.steps[number] = step
+                for use in (uses[i] for i in step.summed):
+                    if use < 0:
+                        plan.summed.add(-1 - use)
+                    else:
+                        plan.steps[use] = Step("done")
                 plan.sites += step.sites
             env.update(zip(eqn.outvars, out_tags, strict=True))
-        plan.out_tags = [_tag(env, v) for v in jaxpr.outvars]
+        plan.out_tags = [tag_of(env, v) for v in jaxpr.outvars]
         return plan
 
-    def _step(self, eqn: JaxprEqn, tags: list[Tag], live: list[bool]) -> Found:
+    def _step(
+        self, eqn: JaxprEqn, tags: list[Tag], live: list[bool], then: Sequence[JaxprEqn | None]
+    ) -> Found:
+        """`then`: for each output the equation that alone uses it, if there is one."""
         name, read = eqn.primitive.name, row_read(eqn)
         if read is not None:
-            return self._read(eqn, read, tags, live[0])
+            found = self._read(eqn, read, tags, live[0])
+            bag = read.summed_axis(then[0]) if then[0] else None
+            if bag is not None and tags[0].leaf and self.lists == "listed" and found.sites:
+                found.sites = [replace(found.sites[0], bag=bag)]
+            return found, [Tag()]
         if is_row_wise(eqn, [bool(t.read) for t in tags]):
-            return Step("row_op"), [_through(eqn, tags, v) for v in eqn.outvars]
+            return Step("row_op"), [through(eqn, tags, v) for v in eqn.outvars]
         if name in _SAME_ROWS:
             return Step("same_rows"), tags
         if name in CALLS:
             self._calls.append(self._line(eqn))
-            plan = self.plan(called_jaxpr(eqn)[0], tags, live)
+            plan = self.plan(called_jaxpr(eqn)[0], tags, live, then)
             self._calls.pop()
             return Step("call", (plan,), plan.sites), plan.out_tags
         if name in _ENTER:
             return _ENTER[name](self, eqn, tags, live)
         return self._whole(eqn, tags, live)
 
-    def _read(self, eqn: JaxprEqn, read: RowRead, tags: list[Tag], live: bool) -> Found:
+    def _read(self, eqn: JaxprEqn, read: RowRead, tags: list[Tag], live: bool) -> Step:
         step, tag = Step("read", read=read), tags[0]
         if self.list_all and len(tags) > 1:  # ids made of a whole table
             self._note(eqn.primitive.name, eqn, join(tags[1:]).read)
@@ -118,7 +140,7 @@ class Walk:
             axes = tuple(sorted(varying_axes(eqn.outvars[0].aval)))
             listed = tuple(sorted(leaves))
             step.sites = [Site(read, listed, self.lists, self._line(eqn), read.lead, axes)]
-        return step, [Tag()]
+        return step
 
     def _whole(self, eqn: JaxprEqn, tags: Sequence[Tag], live: Sequence[bool]) -> Found:
         """An equation that needs its tagged operands whole."""
@@ -132,7 +154,7 @@ class Walk:
             body = called_jaxpr(eqn)[0]
             probe.plan(body, [Tag(hidden=t.hidden | t.read) for t in tags], live)
             self.looked_up += probe.looked_up
-        return None, [_behind(eqn, tags, hidden, v) for v in eqn.outvars]
+        return None, [behind(eqn, tags, hidden, v) for v in eqn.outvars]
 
     def _note(self, name: str, eqn: JaxprEqn, leaves: frozenset[int]) -> None:
         self.whole_uses += [WholeUse(k, name, self._line(eqn)) for k in sorted(leaves)]
@@ -157,7 +179,7 @@ class Walk:
             return self._whole(eqn, tags, live)
         consts, carry = split
         body, _ = open_jaxpr(eqn.params["jaxpr"])
-        keep, inner = self._keep(eqn, tags, live, _constant(body, tags, consts, carry))
+        keep, inner = self._keep(eqn, tags, live, constant(body, tags, consts, carry))
         inner[consts + carry :] = [Tag()] * (len(tags) - consts - carry)  # a row at a time
         plan = self.plan(body, inner, live_carry(body, consts, carry, live))
         sites = [s.under(eqn.params["length"], s.axes) for s in plan.sites]
@@ -168,7 +190,7 @@ class Walk:
         in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         cond, body = (open_jaxpr(eqn.params[k])[0] for k in ("cond_jaxpr", "body_jaxpr"))
         carry = len(eqn.outvars)
-        same = _constant(body, tags[in_cond:], in_body, carry)
+        same = constant(body, tags[in_cond:], in_body, carry)
         keep, inner = self._keep(eqn, tags, live, [True] * in_cond + same)
         self._loops += 1
         plans = (
@@ -224,27 +246,3 @@ _ENTER: dict[str, Callable[[Walk, JaxprEqn, list[Tag], list[bool]], Found]] = {
     "while": Walk._while,
     "shard_map": Walk._shard_map,
 }
-
-
-def _tag(env: dict[Any, Tag], v: Any) -> Tag:
-    return Tag() if isinstance(v, _jaxpr.Literal) else env.get(v, Tag())
-
-
-def _through(eqn: JaxprEqn, tags: Sequence[Tag], out: Any) -> Tag:
-    """The tag behind a row-wise operation; integers and `stop_gradient` stop derivatives."""
-    tag = join(tags)
-    stops = eqn.primitive.name == "stop_gradient" or not is_float(out.aval)
-    return tag._replace(live=frozenset()) if stops else tag
-
-
-def _behind(eqn: JaxprEqn, tags: Sequence[Tag], hidden: frozenset[int], out: Any) -> Tag:
-    """The tag behind a whole use: still table-like while its rows keep their width."""
-    widths = {v.aval.shape[1:] for v, t in zip(eqn.invars, tags, strict=True) if t.read or t.hidden}
-    same = getattr(out.aval, "ndim", 0) and out.aval.shape[1:] in widths
-    return Tag(hidden=hidden) if same and eqn.primitive.name not in _CONTRACTIONS else Tag()
-
-
-def _constant(body: Any, tags: Sequence[Tag], consts: int, carry: int) -> list[bool]:
-    """Operands of a loop that are the same in every round: constants and unchanged carries."""
-    same = [body.outvars[i] is body.invars[consts + i] for i in range(carry)]
-    return [True] * consts + same + [False] * (len(tags) - consts - carry)

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+import sparse_embed as se
+
 _COMPILED = re.compile(r"Finished XLA compilation of (.+) in ")
 
 
@@ -40,6 +42,17 @@ def count_compilations() -> Iterator[list[str]]:
             yield handler.names
     finally:
         logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def small_blocks(rows: int) -> Iterator[None]:
+    """Within it, steps are traced to go through a table so few rows at a time."""
+    before = se.tuning.block_rows, se.tuning.window_bytes
+    se.tuning.block_rows, se.tuning.window_bytes = rows, 1
+    try:
+        yield
+    finally:
+        se.tuning.block_rows, se.tuning.window_bytes = before
 
 
 def temp_bytes(fn: Callable, *args: Any, donate: tuple[int, ...] = ()) -> int:

@@ -153,14 +153,15 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 
 # A module imports only from lower levels. `__init__` of the package stands above them all.
 LEVELS = [
-    {"_errors", "_segments", "_jaxpr", "_blocks", "_hlo", "_report", "exact._ledger"},
-    {"_row_sparse", "_params_ema", "_ids", "_rowwise", "_reads", "_live", "_layout", "exact._rest"},
+    {"_errors", "_segments", "_jaxpr", "_blocks", "_hlo", "_report", "exact._ledger"} | {"_tuning"},
+    {"_row_sparse", "_params_ema", "_ids", "_rowwise", "_reads", "_live", "_layout", "exact._rest"}
+    | {"_first_seen", "_reductions"},
     {"_coalesce", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"}
-    | {"exact._momentum", "exact._adaptive", "exact._state"},
-    {"_bag", "_walk", "_replay", "_on_rows", "exact._table"} | {"exact._checks"},
-    {"_program", "_update", "exact._catch_up"},
-    {"exact._rest_step", "_grad", "_touched", "_separable", "_settled", "_audit"},
-    {"_lazy"},
+    | {"exact._momentum", "exact._adaptive", "exact._state", "_listed"},
+    {"_bag", "_tags", "_replay", "_on_rows", "_sweep", "exact._table"} | {"exact._checks"},
+    {"_walk", "_update", "_staged", "exact._catch_up"},
+    {"_program", "_in_blocks", "_separable", "_lazy_state"} | {"exact._rest_step"},
+    {"_grad", "_touched", "_settled", "_audit", "_lazy"},
     {"_norms", "_train_step", "exact._transform"},
     {"exact._closed_form", "exact._replay"},
     {"exact._build"},

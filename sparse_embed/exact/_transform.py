@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._lazy import LazyState, lazy
+from sparse_embed._lazy import lazy
+from sparse_embed._lazy_state import LazyState
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._segments import distinct, flat_indices, gather_rows
 from sparse_embed.exact._checks import (

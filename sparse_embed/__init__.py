@@ -18,6 +18,8 @@ from sparse_embed._params_ema import params_ema as params_ema
 from sparse_embed._renorm import renorm as renorm
 from sparse_embed._report import AuditReport as AuditReport
 from sparse_embed._row_sparse import RowSparse as RowSparse
+from sparse_embed._rowwise_adagrad import RowwiseAdagradState as RowwiseAdagradState
+from sparse_embed._rowwise_adagrad import rowwise_adagrad as rowwise_adagrad
 from sparse_embed._touched import check_ids as check_ids
 from sparse_embed._touched import touched as touched
 from sparse_embed._train_step import train_step as train_step

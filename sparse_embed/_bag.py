@@ -14,6 +14,7 @@ from sparse_embed._bag_reduce import (
     DenseBags,
     RaggedBags,
     bags_of_offsets,
+    counted,
     weighted,
 )
 from sparse_embed._errors import describe, is_concrete, message
@@ -21,11 +22,12 @@ from sparse_embed._ids import (
     Mode,
     as_integers,
     as_table,
+    over_features,
     padding_row,
     read_rows,
     row_numbers,
 )
-from sparse_embed._segments import PADDED, flat_indices, nan_where
+from sparse_embed._segments import PADDED, flat_indices, gather_rows, nan_where, sum_dtype
 
 Combiner = Literal["sum", "mean", "sqrtn", "max", "min"]
 
@@ -100,13 +102,23 @@ def lookup_bag(
     num_rows = table.shape[0]
     indices = row_numbers(ids, num_rows, mode, _CALL)
     _check_combiner(combiner, weights)
+    plain = weights is None
     weights = _as_weights(weights, indices, table)
     bags, bad = _bags(indices, offsets, segment_ids, num_segments)
     absent = bags.outside()
     if padding_idx is not None:
         absent |= indices == padding_row(padding_idx, num_rows, _CALL)
     # Absent entries are sent out of range, so that no gradient lists them.
-    rows = read_rows(table, jnp.where(absent, PADDED, indices))
+    asked = jnp.where(absent, PADDED, indices)
+    divided = combiner in ("sum", "mean", "sqrtn")
+    if plain and divided and isinstance(bags, DenseBags) and num_rows:
+        # The sum follows the read right away, so that no array holds a row for each id.
+        rows = gather_rows(table, asked, fill=0).astype(sum_dtype(table.dtype))
+        wrong = ~absent & ((indices < 0) | (indices >= num_rows))
+        out = counted(bags.total(rows), bags.total(~absent), combiner)
+        bad = over_features(bags.total(wrong) > 0, out.ndim)
+        return jnp.where(bad, jnp.nan, out).astype(table.dtype)
+    rows = read_rows(table, asked)
     if combiner in ("max", "min"):
         out = bags.pick(rows, absent, combiner == "max")
     else:

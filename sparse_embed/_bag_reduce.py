@@ -128,3 +128,21 @@ def weighted(bags: Bags, rows: Array, weights: Array, absent: Array, combiner: s
     divisor = jnp.sqrt(divisor) if combiner == "sqrtn" else divisor
     quotient = sums / over_features(divisor, sums.ndim)
     return jnp.where(over_features(is_zero, sums.ndim), 0, quotient)
+
+
+def counted(total: Array, count: Array, combiner: str) -> Array:
+    """The sum of each bag's rows, divided as `combiner` says if all weights are 1.
+
+    Args:
+      total: `[*bags, *features]`, the sums.
+      count: `[*bags]`, how many rows were added.
+      combiner: `"sum"`, `"mean"` or `"sqrtn"`.
+
+    Returns:
+      `[*bags, *features]`. A bag of no rows gives 0.
+    """
+    if combiner == "sum":
+        return total
+    divisor = jnp.maximum(count, 1).astype(total.dtype)
+    divisor = jnp.sqrt(divisor) if combiner == "sqrtn" else divisor
+    return total / over_features(divisor, total.ndim)

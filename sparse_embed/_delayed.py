@@ -8,6 +8,7 @@ from jax import Array
 
 from sparse_embed._jaxpr import JaxprEqn, bind
 from sparse_embed._rowwise import bind_on_rows
+from sparse_embed._segments import loosely
 
 
 class Delayed:
@@ -39,7 +40,7 @@ class Leaf(Delayed):
 
     def rows(self, ids: Array, taps: dict[int, Array], memo: dict[int, Array]) -> Array:
         if id(self.number) not in memo:
-            rows = self.table.at[ids].get(mode="promise_in_bounds")
+            rows = loosely(self.table.at[ids].get(mode="promise_in_bounds"), ids)
             tap = taps.get(self.number)
             memo[id(self.number)] = rows if tap is None else rows + tap
         return memo[id(self.number)]

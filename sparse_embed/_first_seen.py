@@ -18,15 +18,16 @@ from sparse_embed._segments import Slots, padding
 _ROOM = 8  # buckets for each listed row, so that few ids collide
 
 
-def first_seen(indices: Array, num_rows: int) -> Slots:
+def first_seen(indices: Array, num_rows: int, size: int) -> Slots:
     """Gives every distinct row of `indices` a slot, in no particular order.
 
     Args:
       indices: `[n]` int32 row numbers as `flat_indices` returns them, n > 0.
       num_rows: rows of the table.
+      size: static length of the compact block, n or more.
 
     Returns:
-      `Slots` of size n, with slot n for what is outside the table.
+      `Slots`. What is outside the table has slot `size`.
     """
     (n,) = indices.shape
     position = jnp.arange(n, dtype=jnp.int32)
@@ -39,10 +40,10 @@ def first_seen(indices: Array, num_rows: int) -> Slots:
     inside = indices < num_rows
     leads = (leader == position) & inside
     number = jnp.cumsum(leads, dtype=jnp.int32) - 1
-    slot = jnp.where(inside, number[leader], n)
+    slot = jnp.where(inside, number[leader], size)
     count = number[-1] + 1
-    compact = padding(count, n, num_rows, indices.dtype)
-    compact = compact.at[jnp.where(leads, number, n)].set(indices, mode="drop")
+    compact = padding(count, size, num_rows, indices.dtype)
+    compact = compact.at[jnp.where(leads, number, size)].set(indices, mode="drop")
     return Slots(slot, compact, count)
 
 

@@ -7,16 +7,26 @@ before the first row is written: each takes a pass of its own over the rows it r
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._blocks import PerRow, Refused, Rows
+from sparse_embed._each_block import Block, put
+from sparse_embed._filled import (
+    Filled,
+    Held,
+    as_taken,
+    changes,
+    count_of,
+    padding_row,
+    rows_of,
+)
 from sparse_embed._layout import ELSEWHERE
-from sparse_embed._on_rows import OnRows
 from sparse_embed._reductions import Reduction
+from sparse_embed._row_sparse import RowSparse
 from sparse_embed._segments import gather_rows
 from sparse_embed._staged import Listing, Path, Reached, Stopping, needed
 from sparse_embed._sweep import Sweep
@@ -24,9 +34,7 @@ from sparse_embed._update import (
     Update,
     as_array,
     own_counts,
-    refusal,
     same_trees,
-    struct,
     traced,
 )
 
@@ -38,16 +46,18 @@ class InBlocks:
     Args:
       job: what is updated; its gradients are `Listed` or coalesced `RowSparse` for tables.
       state: leaves of the inner state.
-      params: leaves of the parameters.
+      params: leaves of the parameters, or None.
       row_counts: per-row counts of `clock="row"`.
       extra: extra arguments of `inner.update`.
+      write: whether updates are added to the parameters at once, or listed.
     """
 
     job: Update
     state: list[Any]
-    params: list[Any]
+    params: list[Any] | None
     row_counts: dict[str, list[Array]]
     extra: dict[str, Any]
+    write: bool
     program: Any = field(init=False)
     sweeps: dict[int, Sweep] = field(init=False)
     known: dict[Path, Array] = field(init=False, default_factory=dict)
@@ -70,17 +80,18 @@ class InBlocks:
           reductions: those of `reductions()`.
 
         Returns:
-          New leaves of the parameters for tables and updates for the other leaves; the new leaves
-          of the state; the new row counts.
+          For tables the new leaves of the parameters, or with `write` false coalesced updates, and
+          for other leaves updates; the new leaves of the state; the new row counts.
         """
-        self.sweeps = {k: Sweep(g) for k, g in self.job.tables.items()}
+        tables = self.job.tables
+        self.sweeps = {k: Sweep(g, ascending=not self.write) for k, g in tables.items()}
         for path, reduction in reductions.items():
             self.known[path] = self._reduced(path, reduction)
         updates, new_state = self._shared()
         new_counts = {name: list(rows) for name, rows in self.row_counts.items()}
         for k in self.sweeps:
             own = self._written(k)
-            updates[k] = own["params"]
+            updates[k] = own["params"][k] if self.write else self._listed(k, own["updates"][k])
             for i, leaf in own["state"].items():
                 new_state[i] = leaf
             for name, rows in own["counts"].items():
@@ -93,15 +104,14 @@ class InBlocks:
         number = next(i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) == path[0])
         only = needed(jaxpr, jaxpr.eqns[number].invars)
         only[number] = True
-        held = self._held(k)
 
-        def body(indices: Array, rows: Array, total: Array) -> Array:
-            block = Block(k, indices, rows, _gathered(held, indices))
+        def body(here: Block, total: Array) -> Array:
+            block = self._filled(k, here, {})
             engine = Stopping(*self._engine(block), known=self.known)
             try:
                 engine.run(self.program, self._args(block), only)
-            except Reached as here:
-                return reduction.join(total, reduction.of(here.block, engine.real[k]))
+            except Reached as met:
+                return reduction.join(total, reduction.of(met.block, engine.real[k]))
             raise AssertionError("the reduction was not met again")
 
         sweep = self.sweeps[k]
@@ -123,47 +133,71 @@ class InBlocks:
         ]
         return made[: len(job.grads)], made[len(job.grads) :]
 
-    def _written(self, k: int) -> Any:
-        """The arrays that hold rows of table `k`, with its touched rows written."""
+    def _written(self, k: int) -> Held:
+        """The arrays that hold rows of table `k`, with its touched rows written, and updates."""
         jaxpr, first = self.program[0], len(self.job.grads)
-        changed = {
-            i
-            for i, table in enumerate(self.job.layout.table)
-            if table == k and jaxpr.outvars[first + i] is not jaxpr.invars[first + i]
-        }
+        held = self._held(k)
+        changed = {i for i in held["state"] if changes(jaxpr, first + i)}
         counts = self.counts.get(k, {})
         wanted = k, *(first + i for i in (*changed, *counts))
         only = needed(jaxpr, [jaxpr.outvars[j] for j in wanted])
+        length = (self._length(k), *self.job.grads[k].shape[1:])
 
-        def body(indices: Array, rows: Array, held: Any) -> Any:
-            old = _gathered(held, indices)
-            block = Block(k, indices, rows, old)
+        def body(here: Block, written: Held) -> Held:
+            block = self._filled(k, here, written)
             engine = Stopping(*self._engine(block), known=self.known)
             outs = engine.run(self.program, self._args(block), only)
-            update = _rows(engine, outs[k], block)
+            update = rows_of(engine, outs[k], block)
             real = engine.real[k].reshape(-1, *(1,) * (update.ndim - 1))
-            new = {
-                "params": old["params"] + jnp.where(real, update, 0),
-                "state": {i: _rows(engine, outs[first + i], block) for i in changed},
-                "counts": {name: _count(outs[first + i]) for i, name in counts.items()},
+            update = jnp.where(real, update, 0)
+            new: Held = {
+                "state": {i: rows_of(engine, outs[first + i], block) for i in changed},
+                "counts": {name: count_of(outs[first + i]) for i, name in counts.items()},
+                "params": {k: old + update for k, old in block.held["params"].items()},
+                "updates": {k: update},
             }
-            new["state"] |= {i: x for i, x in old["state"].items() if i not in changed}
+            new = {part: {i: new[part][i] for i in arrays} for part, arrays in written.items()}
             # All rows are made before any is written: each of them once, and from the old ones.
-            new = jax.lax.optimization_barrier(jax.tree.map(_as, new, old))
-            return jax.tree.map(lambda x, rows: _put(x, indices, rows), held, new)
+            new = jax.lax.optimization_barrier(jax.tree.map(as_taken, new, written))
+            at = dict.fromkeys(written, here.indices)
+            at["updates"] = jnp.where(engine.real[k], here.position, self._length(k))
+            return {
+                part: {i: put(x, at[part], new[part][i]) for i, x in arrays.items()}
+                for part, arrays in written.items()
+            }
 
-        return self.sweeps[k].each(body, self._held(k))
+        written: Held = {
+            "state": {i: x for i, x in held["state"].items() if i in changed},
+            "counts": held["counts"],
+            "params": held["params"] if self.write else {},
+            "updates": {} if self.write else {k: jnp.zeros(length, jaxpr.outvars[k].aval.dtype)},
+        }
+        return self.sweeps[k].each(body, written)
 
-    def _held(self, k: int) -> Any:
+    def _length(self, k: int) -> int:
+        """The most distinct rows that table `k` can have in this step."""
+        return min(self.job.grads[k].indices.size, self.sweeps[k].num_rows)
+
+    def _listed(self, k: int, rows: Array) -> RowSparse:
+        indices = self.sweeps[k].indices[: self._length(k)]
+        return RowSparse._make(indices, rows, self.job.grads[k].shape, True)
+
+    def _held(self, k: int) -> Held:
         """The arrays that hold rows of table `k`."""
-        table = self.job.layout.table
+        table, counts = self.job.layout.table, self.counts.get(k, {})
         return {
-            "params": jnp.asarray(self.params[k]),
+            "params": {} if self.params is None else {k: jnp.asarray(self.params[k])},
             "state": {i: jnp.asarray(x) for i, x in enumerate(self.state) if table[i] == k},
-            "counts": {name: self.row_counts[name][k] for name in self.counts.get(k, {}).values()},
+            "counts": {name: self.row_counts[name][k] for name in counts.values()},
         }
 
-    def _engine(self, block: "Block | None") -> tuple[Any, ...]:
+    def _filled(self, k: int, here: Block, written: Held) -> Filled:
+        """The block, with its rows of every array. Those written to are read as they are by now."""
+        now = {part: x | written.get(part, {}) for part, x in self._held(k).items()}
+        rows = jax.tree.map(lambda x: gather_rows(x, here.indices), now)
+        return Filled(k, here.indices, here.rows, rows)
+
+    def _engine(self, block: Filled | None) -> tuple[Any, ...]:
         """Arguments of an engine for a block; of other tables it has one row, which is padding."""
         grads = self.job.tables
         real = {j: jnp.zeros(1, bool) for j in grads}
@@ -172,13 +206,13 @@ class InBlocks:
 
         def gather(j: int, x: Any) -> Array:
             if block is None or j != block.table:
-                return _padding(x)
+                return padding_row(x)
             return gather_rows(jnp.asarray(x), block.indices)
 
-        given = [*self.program[1], *self.state, *self.params]
+        given = [*self.program[1], *self.state, *(self.params or [])]
         return {j: g.num_rows for j, g in grads.items()}, real, given, gather
 
-    def _args(self, block: "Block | None") -> list[Any]:
+    def _args(self, block: Filled | None) -> list[Any]:
         """The program's inputs, with a block of one table."""
         job, tables = self.job, self.job.tables
 
@@ -189,7 +223,7 @@ class InBlocks:
             if table not in tables:
                 return x
             here = block is not None and table == block.table
-            return Rows(own(block) if here else _padding(x), table, idle)
+            return Rows(own(block) if here else padding_row(x), table, idle)
 
         grads = [rows(g, k, lambda b: b.rows, 0) for k, g in enumerate(job.grads)]
         state = [
@@ -199,49 +233,7 @@ class InBlocks:
         if block is not None:
             for i, name in self.counts.get(block.table, {}).items():
                 state[i] = PerRow(block.held["counts"][name], block.table)
-        params = [rows(x, k, lambda b: b.held["params"]) for k, x in enumerate(self.params)]
+        params = [
+            rows(x, k, lambda b, k=k: b.held["params"][k]) for k, x in enumerate(self.params or [])
+        ]
         return [*grads, *state, *params]
-
-
-class Block(NamedTuple):
-    """Some rows of one table.
-
-    `held` has what the arrays of `InBlocks._held` hold at these rows.
-    """
-
-    table: int
-    indices: Array  # [b]
-    rows: Array  # [b, *features], the gradient
-    held: Any
-
-
-def _padding(x: Any) -> Array:
-    """One row like those of a table or of its gradient."""
-    like = struct(x)
-    return jnp.zeros((1, *like.shape[1:]), like.dtype)
-
-
-def _gathered(held: Any, indices: Array) -> Any:
-    return jax.tree.map(lambda x: gather_rows(x, indices), held)
-
-
-def _rows(engine: OnRows, value: Any, block: Block) -> Array:
-    rows = engine.block(value, block.table, block.indices.size)
-    if isinstance(rows, Refused):
-        raise ValueError(refusal(rows.reason))
-    return rows
-
-
-def _count(value: Any) -> Array:
-    if isinstance(value, Refused):
-        raise ValueError(refusal(value.reason))
-    return value.block if isinstance(value, PerRow) else value
-
-
-def _as(new: Array, old: Array) -> Array:
-    return jnp.broadcast_to(new, old.shape).astype(old.dtype)
-
-
-def _put(x: Array, indices: Array, rows: Array) -> Array:
-    """`x` with `rows` at distinct `indices` in no order; those outside write nothing."""
-    return x.at[indices].set(rows, mode="drop", unique_indices=True)

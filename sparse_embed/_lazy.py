@@ -17,8 +17,8 @@ from sparse_embed._lazy_state import (
     new_row_counts,
     warn_of_accumulators,
 )
-from sparse_embed._listed import Listed
-from sparse_embed._row_sparse import RowSparse, is_row_sparse, summed
+from sparse_embed._listed import Listed, as_listed
+from sparse_embed._row_sparse import RowSparse, is_row_sparse, unsummed
 from sparse_embed._separable import check_separable
 from sparse_embed._tuning import in_blocks
 from sparse_embed._update import Update, run_update, struct
@@ -113,10 +113,12 @@ def lazy(
         warn_of_accumulators(inner_state)
         return LazyState(inner_state, counts)
 
-    def prepared(call: str, updates: Any, state: LazyState, params: Any) -> tuple[Update, Any]:
+    def prepared(updates: Any, state: LazyState, params: Any) -> tuple[Update, Any]:
         check_lazy_state(state)
         grads, treedef = jax.tree.flatten(updates, is_leaf=is_row_sparse)
-        grads = [summed(g, call) if is_row_sparse(g) else g for g in grads]
+        call = "tx.update(grads, opt_state, params)"
+        grads = [unsummed(g, call) if is_row_sparse(g) else g for g in grads]
+        grads = [as_listed(g) if is_row_sparse(g) and not g.coalesced else g for g in grads]
         check_params(grads, treedef, params)
         dense = [struct(g) for g in grads]
         like = jax.tree.unflatten(treedef, dense) if params is None else params
@@ -126,36 +128,37 @@ def lazy(
         check_clock(clock, layout, updates, state.row_counts)
         return Update(inner, layout, treedef, grads), leaves
 
+    def run(
+        updates: Any, state: LazyState, params: Any, extra: dict[str, Any], write: bool
+    ) -> tuple[Any, LazyState]:
+        job, leaves = prepared(updates, state, params)
+        given = None if params is None else jax.tree.leaves(params)
+        found, reductions = None, None
+        if any(in_blocks(g.indices) for g in job.tables.values()):
+            work = InBlocks(job, leaves, given, state.row_counts, extra, write)
+            reductions = work.reductions()
+        if reductions is not None:
+            found, leaves, row_counts = work.run(reductions)
+        else:
+            job = job.coalesced()
+            found, leaves, row_counts = run_update(job, leaves, params, state.row_counts, extra)
+        if write and given is not None:
+            found = [
+                x if reductions is not None and k in job.tables else optax.apply_updates(p, x)
+                for k, (p, x) in enumerate(zip(given, found, strict=True))
+            ]
+        inner_state = job.layout.treedef.unflatten(leaves)
+        return jax.tree.unflatten(job.treedef, found), LazyState(inner_state, row_counts)
+
     def update_fn(
         updates: Any, state: LazyState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, LazyState]:
-        call = "tx.update(grads, opt_state, params)"
-        job, leaves = prepared(call, updates, state, params)
-        new_updates, leaves, row_counts = run_update(
-            job, leaves, params, state.row_counts, extra_args
-        )
-        inner_state = job.layout.treedef.unflatten(leaves)
-        return jax.tree.unflatten(job.treedef, new_updates), LazyState(inner_state, row_counts)
+        return run(updates, state, params, extra_args, write=False)
 
     def apply_fn(
         updates: Any, state: LazyState, params: Any, **extra_args: Any
     ) -> tuple[Any, LazyState]:
-        call = "tx.apply(grads, opt_state, params)"
-        job, leaves = prepared(call, updates, state, params)
-        if any(in_blocks(g.indices.size) for g in job.tables.values()):
-            work = InBlocks(job, leaves, jax.tree.leaves(params), state.row_counts, extra_args)
-            reductions = work.reductions()
-            if reductions is not None:
-                found, leaves, row_counts = work.run(reductions)
-                inner_state = job.layout.treedef.unflatten(leaves)
-                new = [
-                    x if k in job.tables else optax.apply_updates(p, x)
-                    for k, (p, x) in enumerate(zip(work.params, found, strict=True))
-                ]
-                return jax.tree.unflatten(job.treedef, new), LazyState(inner_state, row_counts)
-        updates = jax.tree.map(lambda g: g.coalesced() if isinstance(g, Listed) else g, updates)
-        updates, state = update_fn(updates, state, params, **extra_args)
-        return optax.apply_updates(params, updates), state
+        return run(updates, state, params, extra_args, write=True)
 
     tx = LazyTransformation(init_fn, update_fn)
     tx.apply = apply_fn

@@ -79,6 +79,11 @@ class Listed:
         return RowSparse._make(slots.indices, rows, self.shape, True)
 
 
+def as_listed(grad: RowSparse) -> Listed:
+    """A gradient whose rows may repeat."""
+    return Listed([Part(grad.indices[None], grad.rows)], grad.shape, grad.dtype)
+
+
 def _add(total: Array, slot: Array, rows: Array) -> Array:
     """Adds `rows` `[b, *features]` to the slots of every place `[l, b]`, place after place."""
     total = total.at[slot[0]].add(rows, mode="drop")

@@ -83,10 +83,10 @@ class RowRead(NamedTuple):
             return None
         # Narrow floats are summed in a wider type, of which this equation knows nothing.
         wide = rows.dtype in (jnp.float32, jnp.float64)
-        fill = eqn.params.get("fill_value")
-        nan = self.mode != FILL or fill is None or fill != fill
-        long = not 0 < self.lead[axes[0]] <= LONGEST_BAG
-        return axes[0] - depth if wide and nan and not long else None
+        fill = self.eqn.params.get("fill_value")
+        simple = self.mode != FILL or fill is None or fill != fill or fill == 0
+        short = 0 < self.lead[axes[0]] <= LONGEST_BAG
+        return int(axes[0] - depth) if wide and simple and short else None
 
     def sum(self, table: Array, ids: Ids, axis: int) -> Array:
         """The rows read, added up over `axis` of the ids, in order.
@@ -96,27 +96,30 @@ class RowRead(NamedTuple):
         """
         total = jnp.zeros((), table.dtype)
         safe, listed = (jnp.moveaxis(x, axis, 0) for x in (ids.safe, ids.listed))
-        for column in safe:
-            total = total + table.at[column].get(mode="promise_in_bounds")
-        if self.mode == FILL:
-            outside = jnp.any(listed == self.num_rows, axis=0)
-            outside = outside.reshape(*outside.shape, *(1,) * self._features)
-            total = jnp.where(outside, jnp.nan, total)
+        fill = self.eqn.params.get("fill_value") if self.mode == FILL else None
+        for column, inside in zip(safe, listed < self.num_rows, strict=True):
+            rows = table.at[column].get(mode="promise_in_bounds")
+            if fill == 0:
+                rows = jnp.where(self._over_features(inside), rows, 0)
+            total = total + rows
+        if self.mode == FILL and fill != 0:
+            every = self._over_features(jnp.all(listed < self.num_rows, axis=0))
+            total = jnp.where(every, total, jnp.nan)
         return total
 
     def place(self, rows: Array, ids: Ids) -> Array:
         """Lays `[*lead, *features]` rows out as the equation's output."""
         if self.mode == FILL:
-            outside = (ids.listed == self.num_rows).reshape(self.lead + (1,) * self._features)
+            outside = self._over_features(ids.listed == self.num_rows)
             rows = jnp.where(outside, self._fill_value(rows), rows)
         if self.eqn.primitive.name != "gather":
             return rows
         offset_dims = self.eqn.params["dimension_numbers"].offset_dims
         return jnp.moveaxis(rows, range(rows.ndim - len(offset_dims), rows.ndim), offset_dims)
 
-    @property
-    def _features(self) -> int:
-        return self.eqn.invars[0].aval.ndim - 1
+    def _over_features(self, x: Array) -> Array:
+        """`x`, of the shape of ids, lined up with rows."""
+        return x.reshape(*x.shape, *(1,) * (self.eqn.invars[0].aval.ndim - 1))
 
     def _fill_value(self, rows: Array) -> Array:
         fill = self.eqn.params["fill_value"]

@@ -6,24 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from sparse_embed._errors import describe, is_concrete, message
+from sparse_embed._each_block import add_rows
+from sparse_embed._errors import describe, message
+from sparse_embed._seal import SEAL, unharmed
 from sparse_embed._segments import (
     Slots,
     distinct,
     flat_indices,
-    gather_rows,
-    nan_where,
     segment_sum,
-    set_rows,
 )
-
-# A leaf that travels with the indices. Whatever a tree-mapped transform does to the indices it
-# does to this number too, and scaling, clipping, shifting or rounding never leave it as it is.
-_SEAL = np.int32(0x5EA1ED)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -59,7 +53,7 @@ class RowSparse:
       [1.0, 1.0]
     """
 
-    __slots__ = ("indices", "rows", "shape", "coalesced", "_seal")
+    __slots__ = ("indices", "rows", "shape", "coalesced", "_seal", "_listed")
     __array_ufunc__ = None  # numpy must leave `table + row_sparse` to this class
 
     indices: Array  # [n]
@@ -86,13 +80,13 @@ class RowSparse:
                     "RowSparse(ids.reshape(-1), rows.reshape(-1, *table.shape[1:]), table.shape)",
                 )
             )
-        self._fill(indices, rows, shape, False, _SEAL)
+        self._fill(indices, rows, shape, False, SEAL)
 
     def _fill(
         self, indices: Any, rows: Any, shape: tuple[int, ...], coalesced: bool, seal: Any
     ) -> RowSparse:
         self.indices, self.rows, self.shape = indices, rows, shape
-        self.coalesced, self._seal = coalesced, seal
+        self.coalesced, self._seal, self._listed = coalesced, seal, None
         return self
 
     @classmethod
@@ -100,11 +94,27 @@ class RowSparse:
         cls, indices: Array, rows: Array, shape: tuple[int, ...], coalesced: bool
     ) -> RowSparse:
         """Builds one without the checks, from arrays known to belong together."""
-        return cls.__new__(cls)._fill(indices, rows, shape, coalesced, _SEAL)
+        return cls.__new__(cls)._fill(indices, rows, shape, coalesced, SEAL)
+
+    @classmethod
+    def _later(cls, listed: Any) -> RowSparse:
+        """That of `listed`, whose repeats are summed when its indices or rows are asked for.
+
+        Within one compiled step they may never be: `se.lazy` then sums them a few at a time.
+        """
+        out = cls.__new__(cls)
+        out.shape, out.coalesced, out._seal, out._listed = listed.shape, True, SEAL, listed
+        return out
+
+    def __getattr__(self, name: str) -> Any:  # asked for an attribute that is not there
+        if name in ("indices", "rows") and self._listed is not None:
+            return getattr(self._listed.coalesced(), name)
+        raise AttributeError(f"RowSparse has no attribute {name!r}")
 
     def tree_flatten_with_keys(self):
         keys = map(jax.tree_util.GetAttrKey, ("indices", "rows", "seal"))
-        leaves = (self.indices, self.rows, self._seal)
+        made = self if self._listed is None else self._listed.coalesced()
+        leaves = (made.indices, made.rows, self._seal)
         return tuple(zip(keys, leaves, strict=True)), (self.shape, self.coalesced)
 
     @classmethod
@@ -115,7 +125,7 @@ class RowSparse:
 
     num_rows = property(lambda self: self.shape[0], doc="Rows of the table.")
     ndim = property(lambda self: len(self.shape), doc="Dimensions of the table.")
-    dtype = property(lambda self: self.rows.dtype, doc="dtype of the rows.")
+    dtype = property(lambda self: (self._listed or self.rows).dtype, doc="dtype of the rows.")
 
     def todense(self) -> Array:
         """The dense array, `shape`; repeats are summed in at least float32."""
@@ -134,9 +144,7 @@ class RowSparse:
                 )
             )
         grad = summed(self, "table + row_sparse")
-        # The sum is rounded once to the table's dtype, as in `table + dense`.
-        new = gather_rows(table, grad.indices) + grad.rows
-        return set_rows(table, grad.indices, new)
+        return add_rows(table, grad.indices, grad.rows)
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, RowSparse):
@@ -200,38 +208,26 @@ def verified(grad: RowSparse, caller: str) -> RowSparse:
     Raises:
       TypeError, ValueError: a stock transform changed the indices.
     """
-    seal, indices = grad._seal, grad.indices
-    if jnp.ndim(indices) != 1:
-        raise ValueError(
-            message(
-                f"{caller}: a RowSparse that was stacked or batched, as by scan or vmap.",
-                f"indices {describe(indices)}, rows {describe(grad.rows)}",
-                "jax.vmap of this call; or, for the sum of the batch, RowSparse("
-                "g.indices.reshape(-1), g.rows.reshape(-1, *g.shape[1:]), g.shape)",
-            )
-        )
-    advice = "se.lazy(chain) around the whole optax chain: tx = se.lazy(optax.adam(1e-3))"
-    if not all(jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in (seal, indices)):
-        wrote = f"{caller}: a transform mapped over the leaves of a RowSparse changed its indices."
-        raise TypeError(message(wrote, f"indices {describe(indices)}", advice))
-    if is_concrete(seal):
-        if np.all(np.asarray(seal) == _SEAL):
-            return grad
-        wrote = f"{caller}: a transform mapped over the leaves of a RowSparse changed its indices."
-        raise ValueError(message(wrote, f"indices {describe(indices)} with other values", advice))
-    harmed = jnp.any(seal != _SEAL)
-    # Harmed indices may all point outside the table: the NaN must land in rows that exist.
-    first = jnp.arange(indices.size, dtype=indices.dtype)
-    indices = jnp.where(harmed, first, indices)
-    return RowSparse._make(indices, nan_where(harmed, grad.rows), grad.shape, grad.coalesced)
+    if grad._listed is not None:  # nobody has had it in hands yet
+        return grad
+    indices, rows = unharmed(grad.indices, grad.rows, grad._seal, caller)
+    if indices is grad.indices:
+        return grad
+    return RowSparse._make(indices, rows, grad.shape, grad.coalesced)
 
 
 def summed(grad: RowSparse, caller: str) -> RowSparse:
     """`grad` verified, each row listed once and ascending, its repeats summed, padding last."""
+    grad = unsummed(grad, caller)
+    if not isinstance(grad, RowSparse):
+        return grad.coalesced()
+    return grad if grad.coalesced else sum_repeats(grad, min(grad.indices.size, grad.num_rows))[0]
+
+
+def unsummed(grad: RowSparse, caller: str) -> Any:
+    """`grad` verified; or, where nobody has asked for its rows yet, the `Listed` it is made of."""
     grad = verified(grad, caller)
-    if grad.coalesced:
-        return grad
-    return sum_repeats(grad, min(grad.indices.size, grad.num_rows))[0]
+    return grad if grad._listed is None else grad._listed
 
 
 def sum_repeats(grad: RowSparse, size: int) -> tuple[RowSparse, Slots]:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import optax
 
+from sparse_embed._differentiate import value_and_listed
 from sparse_embed._errors import describe, message
-from sparse_embed._grad import value_and_grad, value_and_listed
+from sparse_embed._grad import value_and_grad
 from sparse_embed._lazy_state import LazyState
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._settled import settled

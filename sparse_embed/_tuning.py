@@ -1,6 +1,7 @@
 """The sizes that decide how the work of a step is cut into pieces, in one place."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -41,6 +42,10 @@ class Tuning:
 tuning = Tuning()
 
 
-def in_blocks(listed: int) -> bool:
-    """Whether a table of which a step lists so many rows is updated a block at a time."""
-    return listed > tuning.block_rows and jax.default_backend() == "cpu"
+def in_blocks(indices: Any) -> bool:
+    """Whether a table of which a step lists these rows is updated a block at a time.
+
+    Only within a compiled function: a loop outside of one would be compiled at each call.
+    """
+    traced = isinstance(indices, jax.core.Tracer)
+    return traced and indices.size > tuning.block_rows and jax.default_backend() == "cpu"

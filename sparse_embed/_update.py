@@ -1,6 +1,6 @@
 """One update of an optax transformation over a tree that mixes dense leaves and tables."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -33,6 +33,11 @@ class Update:
     @property
     def tables(self) -> dict[int, Any]:
         return {k: g for k, g in enumerate(self.grads) if isinstance(g, RowSparse | Listed)}
+
+    def coalesced(self) -> "Update":
+        """The same, with each gradient of a table a coalesced `RowSparse`."""
+        grads = [g.coalesced() if isinstance(g, Listed) else g for g in self.grads]
+        return replace(self, grads=grads)
 
 
 def run_update(

@@ -153,15 +153,17 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 
 # A module imports only from lower levels. `__init__` of the package stands above them all.
 LEVELS = [
-    {"_errors", "_segments", "_jaxpr", "_blocks", "_hlo", "_report", "exact._ledger"} | {"_tuning"},
-    {"_row_sparse", "_params_ema", "_ids", "_rowwise", "_reads", "_live", "_layout", "exact._rest"}
-    | {"_first_seen", "_reductions"},
-    {"_coalesce", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"}
-    | {"exact._momentum", "exact._adaptive", "exact._state", "_listed"},
-    {"_bag", "_tags", "_replay", "_on_rows", "_sweep", "exact._table"} | {"exact._checks"},
-    {"_walk", "_update", "_staged", "exact._catch_up"},
-    {"_program", "_in_blocks", "_separable", "_lazy_state"} | {"exact._rest_step"},
-    {"_grad", "_touched", "_settled", "_audit", "_lazy"},
+    {"_errors", "_segments", "_jaxpr", "_blocks", "_hlo", "_report", "_tuning", "exact._ledger"},
+    {"_params_ema", "_rowwise_adagrad", "_ids", "_rowwise", "_reads", "_live", "_layout"}
+    | {"_seal", "_first_seen", "_each_block", "_reductions", "exact._rest"},
+    {"_row_sparse", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"}
+    | {"exact._momentum", "exact._adaptive", "exact._state"},
+    {"_coalesce", "_listed", "_bag", "_tags", "_replay", "_on_rows"}
+    | {"exact._table", "exact._checks"},
+    {"_walk", "_sweep", "_update", "_staged", "exact._catch_up"},
+    {"_program", "_filled", "_separable", "_lazy_state", "exact._rest_step"},
+    {"_differentiate", "_touched", "_settled", "_audit", "_in_blocks"},
+    {"_grad", "_lazy"},
     {"_norms", "_train_step", "exact._transform"},
     {"exact._closed_form", "exact._replay"},
     {"exact._build"},

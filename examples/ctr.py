@@ -183,12 +183,12 @@ def plot(epochs: list[dict], reference: dict, timings: dict, path: Path) -> None
         left.axhline(scores["auc"], color="grey", linestyle="--", linewidth=0.8)
         left.text(len(epochs), scores["auc"], f"{name} (test)", ha="right", va="top")
     left.set(xlabel="epoch", ylabel="AUC", title="click prediction, MovieLens-100K")
-    left.legend()
+    left.legend(loc="upper right")
     for mode in next(iter(timings.values())):
         right.loglog(list(timings), [ms[mode] for ms in timings.values()], "o-", label=mode)
     right.set_xscale("log", base=2)
     right.set(xlabel="rows of the hashed tables", ylabel="ms per step", title="step time")
-    right.legend()
+    right.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 

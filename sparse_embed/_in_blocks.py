@@ -88,6 +88,10 @@ class InBlocks:
         for path, reduction in reductions.items():
             self.known[path] = self._reduced(path, reduction)
         updates, new_state = self._shared()
+        # Rows of a table are as they were, unless the table's own pass says otherwise.
+        tables_of = self.job.layout.table
+        for i, old in enumerate(self.state):
+            new_state[i] = old if tables_of[i] in self.sweeps else new_state[i]
         new_counts = {name: list(rows) for name, rows in self.row_counts.items()}
         for k in self.sweeps:
             own = self._written(k)

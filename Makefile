@@ -8,6 +8,10 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
+# What `make bench` measures beside ours, in an environment of its own. Where pip has no CPU build
+# of torch for this Python, say where to find one: PEERS_PIP_ARGS="--find-links FOLDER".
+PEERS_VENV = .venv-peers
+PEERS_PIP_ARGS ?=
 
 PY = $(VENV)/bin/python
 
@@ -31,6 +35,8 @@ format: $(VENV)/.installed-test
 	$(PY) -m ruff format .
 
 bench: $(VENV)/.installed-bench
+	@$(MAKE) --no-print-directory $(PEERS_VENV)/.installed-peers || \
+	  echo "== bench: without torch and FBGEMM, which could not be installed"
 	@$(PY) .ci/versions.py
 	set -e; for script in benchmarks/[!_]*.py; do $(PY) "$$script" $(BENCH_ARGS); done
 
@@ -51,6 +57,14 @@ $(VENV)/.installed-%: pyproject.toml
 	$(PY) -m pip install --quiet --editable ".[$*]" $(PIP_ARGS)
 	touch $@
 
+# Two versions that fit each other; all that FBGEMM imports comes with torch.
+$(PEERS_VENV)/.installed-peers:
+	test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet numpy torch==2.13.0 $(PEERS_PIP_ARGS)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps fbgemm-gpu-cpu==1.8.0 \
+	  $(PEERS_PIP_ARGS)
+	touch $@
+
 clean:
-	rm -rf .venv .venv-newest .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf .venv .venv-newest .venv-peers .pytest_cache .mypy_cache .ruff_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,9 @@
 """The benchmarks run, at sizes where their times mean nothing."""
 
-import importlib
+import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -89,3 +91,80 @@ def test_exact_beside_lazy(monkeypatch, tmp_path, capsys):
     found = json.loads(out.read_text())["tables"]
     assert {row["step"] for row in found["steps"]} == {"se.lazy", "se.exact"}
     assert all(row["ms (median)"] > 0 for rows in found.values() for row in rows)
+
+
+def test_gpu(monkeypatch, tmp_path, capsys):
+    """The script for a GPU runs without one when tiny, and else leaves it at one line."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    out = tmp_path / "out.json"
+    with_torch = importlib.util.find_spec("torch") is not None
+    options = ["--torch-python", sys.executable] if with_torch else []
+    assert gpu.main(["--tiny", "--json", str(out), *options]) == 0
+    assert capsys.readouterr().out == out.with_suffix(".md").read_text()
+    found = json.loads(out.read_text())["tables"]["steps"]
+    assert len(found) == (11 if with_torch else 6)
+    assert all(row["enqueued"] > 0 for row in found)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert gpu.main([]) == 0
+    assert gpu.main(["--json", str(tmp_path / "full.json")]) == 2
+    assert capsys.readouterr().out.count("no GPU: ") == 2
+    assert not (tmp_path / "full.json").exists()
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """The module `benchmarks/peers.py`."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module("peers")
+
+
+@pytest.mark.parametrize("table", ["pooled", "unpooled", "rows", "ids", "width", "memory"])
+def test_peers(peers, table, monkeypatch, tmp_path, capsys):
+    """Without peers: a line says of each that it is left out."""
+    contest, few = importlib.import_module("_contest"), ("row-wise adagrad", "adam")
+    monkeypatch.setattr(contest, "OPTIMIZERS", {k: contest.OPTIMIZERS[k] for k in few})
+    monkeypatch.setattr(contest, "BY_HAND", few[1:])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    if table == "rows":  # and the SGD that this table has beside Adam
+        monkeypatch.setitem(contest.OPTIMIZERS, "sgd", contest.SHARED["sgd"])
+    out, nowhere = tmp_path / "out.json", str(tmp_path / "python")
+    peers.main(["--tiny", "--only", table, "--json", str(out), "--peers-python", nowhere])
+    printed = capsys.readouterr().out
+    assert printed.split() == out.with_suffix(".md").read_text().split()
+    assert printed.count("Left out: ") == 3
+    found = json.loads(out.read_text())
+    (rows, *_) = found["tables"][table].values()
+    assert {"sparse_embed", "dense optax"} <= {row["step"] for row in rows}
+    assert all(row.get("ms (median)", 1) > 0 for row in rows)
+    figure = tmp_path / f"out-{table}.svg"
+    assert figure.exists() == (table in peers.FIGURES)
+    assert not figure.exists() or "ms a step" in figure.read_text()
+
+
+def test_limit(peers, tmp_path):
+    """The program of limit.cc trains as we do."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    contest, (num_rows, d), bags = importlib.import_module("_contest"), (50, 8), (12, 5)
+    batches = peers.zipf(num_rows, bags, 0.8)[:4]
+    start, end = tmp_path / "start", tmp_path / "end"
+    w = contest.dense_leaf(d)
+    begun = {"table": contest.arrays(num_rows, d)["table"], "w": w}
+    np.concatenate([np.ravel(begun["table"]), w]).tofile(start)
+    with peers.Others(tmp_path / "python") as others:
+        ids = others.file("ids", batches)
+        ways = others.limit((num_rows, d), bags, ids, start)
+        for (optimizer, _), way in ways.items():
+            init, step = contest.ours(optimizer, contest.pooled_loss)
+            params = jax.tree.map(jax.numpy.copy, begun)
+            state = init(params)
+            for number, batch in enumerate(batches):
+                way.run(number)
+                params, state, _ = step(params, state, batch)
+            others.save_limit(optimizer, end)
+            want = np.concatenate([np.ravel(params["table"]), params["w"]])
+            np.testing.assert_allclose(np.fromfile(end, np.float32), want, rtol=1e-4, atol=1e-7)
+            assert np.abs(want - np.fromfile(start, np.float32)).max() > 1e-5
+    assert len(ways) == 4

@@ -143,9 +143,10 @@ def trees(every: bool) -> tuple[dict, dict]:
     return params, {"t": grad, "u": small, "w": jnp.arange(3.0)}
 
 
-@pytest.mark.parametrize("clock", ["global", "row"])
 @pytest.mark.parametrize("every", [False, True], ids=["some rows", "every row"])
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    "name, clock", [*((name, "global") for name in CHAINS), ("one table", "row")]
+)
 def test_apply_in_blocks(name, every, clock):
     """`apply` of raw lists, and of `RowSparse`, is `update` and `apply_updates`."""
     tx = se.lazy(CHAINS[name], clock=clock)

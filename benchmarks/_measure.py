@@ -65,18 +65,24 @@ class Way:
 
 
 def in_turns(
-    ways: Sequence[Any], batches: Sequence[Sequence[Any]], rounds: int, timed: int = 2
+    ways: Sequence[Any],
+    batches: Sequence[Sequence[Any]],
+    rounds: int,
+    timed: int = 2,
+    warm: int = 1,
 ) -> list[list[float]]:
     """Times several ways side by side, so that a slow minute of the machine hits all of them.
 
-    In every round each way has a turn: one step that is not timed, in which its own working set
-    comes back into the caches, then `timed` ones. One whole round goes before, to compile.
+    In every round each way has a turn: `warm` steps that are not timed, in which its own working
+    set comes back into the caches and its threads to life, then `timed` ones. One whole round goes
+    before, to compile.
 
     Args:
       ways: each with `run(ids) -> seconds`.
       batches: for each way the ids to go through, in an order of its own.
       rounds: how many turns each way gets.
       timed: timed steps of a turn.
+      warm: steps before them.
 
     Returns:
       For each way its `rounds * timed` times, in seconds.
@@ -86,10 +92,10 @@ def in_turns(
     for number in range(rounds + 1):
         for way, ids, mine in zip(ways, batches, seconds, strict=True):
             turn = []
-            for _ in range(1 + timed):
+            for _ in range(warm + timed):
                 turn.append(way.run(ids[made % len(ids)]))
                 made += 1
-            mine += turn[1:] if number else []
+            mine += turn[warm:] if number else []
     return seconds
 
 

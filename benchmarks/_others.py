@@ -83,9 +83,14 @@ class Others:
         return self
 
     def __exit__(self, *args: object) -> None:
+        self.close()
+        self._folder.cleanup()
+
+    def close(self) -> None:
+        """Ends the programs that run; another turn starts them again."""
         for program in self.running.values():
             program.close()
-        self._folder.cleanup()
+        self.running.clear()
 
     def _program(self, name: str, *command: Any) -> Program:
         if name not in self.running:

@@ -7,8 +7,8 @@
     python benchmarks/peers.py --json OUT.json      # where to write; OUT.md, OUT-rows.svg beside it
     python benchmarks/peers.py --peers-python PATH  # a Python with torch 2.13 and FBGEMM 1.8
 
-Prints markdown. A full run goes to `benchmarks/results/`, its figures to `docs/figures/`. All
-steps of a table are measured in turns. What this machine lacks is left out, and a line says so.
+Prints markdown. A full run goes to `benchmarks/results/`, its figures to `docs/figures/`. Steps of
+one optimizer and size are measured in turns. What the machine lacks is left out, as a line says.
 Letters: V rows of the table, D features, n ids of a step.
 """
 
@@ -69,7 +69,7 @@ class Sizes(NamedTuple):
     width: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
     width_rows: int = 500_000
     copied: int = 256  # MB
-    rounds: int = 10
+    rounds: int = 6
 
 
 SIZES = {
@@ -165,11 +165,11 @@ def memory(sizes: Sizes, others: Others) -> Tables:
 def sweep(
     x: str, cases: Sequence[Any], sizes: Sizes, others: Others, more: Sequence[str] = ()
 ) -> Rows:
-    """Adam at several sizes, all in turns: `cases` of `(size, (V, D), (b, f), batches)`.
+    """Adam at several sizes, each size in turns: `cases` of `(size, (V, D), (b, f), batches)`.
 
     Optimizers in `more` for ours alone.
     """
-    entered, rows = [], []
+    rows = []
     for size, shape, bags, batches in cases:
         made = {("adam", "sparse_embed"): ours("adam", pooled_loss)}
         made |= {(name, "sparse_embed"): ours(name, pooled_loss) for name in more}
@@ -178,12 +178,11 @@ def sweep(
             made["adam", "dense optax"] = dense("adam", pooled_loss)
             peers = others.peers(shape, bags, others.file(f"{x}-{size}", batches))
         both = ways(shape, made) | {k: way for k, way in peers.items() if k[0] == "adam"}
-        for (optimizer, step), way in both.items():
+        seconds = compete([(way, batches) for way in both.values()], sizes.rounds)
+        for (optimizer, step), mine in zip(both, seconds, strict=True):
             about = {x: size, "rows touched": distinct(batches)}
-            rows.append(about | {"optimizer": optimizer, "step": step})
-            entered.append((way, batches))
-    seconds = compete(entered, sizes.rounds)
-    rows = [row | times(mine) for row, mine in zip(rows, seconds, strict=True)]
+            rows.append(about | {"optimizer": optimizer, "step": step} | times(mine))
+        others.close()  # the next size needs the room
     return sorted(
         rows, key=lambda row: (row["step"] != "sparse_embed", row["step"], row["optimizer"])
     )

@@ -117,7 +117,8 @@ def lookup_bag(
         wrong = ~absent & ((indices < 0) | (indices >= num_rows))
         out = counted(bags.total(rows), bags.total(~absent), combiner)
         bad = over_features(bags.total(wrong) > 0, out.ndim)
-        return jnp.where(bad, jnp.nan, out).astype(table.dtype)
+        # Added, not selected: the other rows of the bag keep their gradient.
+        return (out + jnp.where(bad, jnp.nan, -0.0)).astype(table.dtype)
     rows = read_rows(table, asked)
     if combiner in ("max", "min"):
         out = bags.pick(rows, absent, combiner == "max")

@@ -1,6 +1,6 @@
 """Table-shaped values that are computed only at the rows that are read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,3 +56,43 @@ def _rows(x: Any, height: int, ids: Array, taps: dict, memo: dict) -> Any:
 def whole(values: Sequence[Any]) -> list[Any]:
     """`values` with the delayed ones computed."""
     return [v.whole() if isinstance(v, Delayed) else v for v in values]
+
+
+def taken_apart(
+    values: Sequence[Delayed],
+) -> tuple[list[Array], Callable[[Sequence[Array]], list[Delayed]]]:
+    """The arrays that delayed values are made of, and how to make them of other ones.
+
+    A `shard_map` must be given the arrays it reads: closed over, they would be of another mesh.
+    """
+    arrays: list[Array] = []
+    places: dict[int, int] = {}
+
+    def take(x: Any) -> None:
+        if isinstance(x, Leaf):
+            x = x.table
+        if isinstance(x, Delayed):
+            for operand in x.operands:
+                take(operand)
+        elif isinstance(x, Array) and id(x) not in places:
+            places[id(x)] = len(arrays)
+            arrays.append(x)
+
+    for value in values:
+        take(value)
+
+    def rebuilt(new: Sequence[Array]) -> list[Delayed]:
+        made: dict[int, Any] = {}
+
+        def make(x: Any) -> Any:
+            if isinstance(x, Leaf):
+                return Leaf(x.number, new[places[id(x.table)]])
+            if isinstance(x, Delayed):
+                if id(x) not in made:
+                    made[id(x)] = Delayed(x.eqn, [make(o) for o in x.operands], x.out)
+                return made[id(x)]
+            return new[places[id(x)]] if id(x) in places else x
+
+        return [make(value) for value in values]
+
+    return arrays, rebuilt

@@ -134,7 +134,8 @@ def lazy(
         job, leaves = prepared(updates, state, params)
         given = None if params is None else jax.tree.leaves(params)
         found, reductions = None, None
-        if any(in_blocks(g.indices) for g in job.tables.values()):
+        arrays = [*job.arrays(), *leaves, *(given or []), *jax.tree.leaves(state.row_counts)]
+        if any(in_blocks(g.indices, *arrays) for g in job.tables.values()):
             work = InBlocks(job, leaves, given, state.row_counts, extra, write)
             reductions = work.reductions()
         if reductions is not None:

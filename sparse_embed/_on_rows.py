@@ -172,9 +172,9 @@ class OnRows:
     def reduce(self, path: tuple[int, ...], reduction: Reduction, block: Array) -> Array:
         """The result of a reduction over all rows. `path` tells it from all others."""
         real, height = self.real[reduction.table], self.heights[reduction.table]
-        out = reduction.of(block, real)
-        # Padding is there only where some row is untouched.
-        return reduction.end(out, real.shape[0] < height)
+        # Where there is padding, some row is untouched.
+        untouched = True if real.shape[0] < height else ~jnp.all(real)
+        return reduction.end(reduction.of(block, real), untouched)
 
     def _per_row(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         """Equations on per-row scalars: each is spread over the features it meets."""

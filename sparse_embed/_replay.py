@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from sparse_embed._delayed import Delayed, whole
+from sparse_embed._delayed import Delayed, taken_apart, whole
 from sparse_embed._jaxpr import (
     JaxprEqn,
     Literal,
@@ -186,25 +186,29 @@ def _while(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -
 def _shard_map(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
     p, (jaxpr, consts) = eqn.params, called_jaxpr(eqn)
     values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
-    merge, plain = _split(values, step.keep)
+    _, plain = _split(values, step.keep)
     axes = [site_axes(eqn, s) for s in step.plans[0].sites]
     by_site = [PartitionSpec(a or None) for a in axes]
 
-    def run(plain, taps):  # each device sees its own [1, ...] of every tap
+    delayed, rebuilt = taken_apart([v for v, k in zip(values, step.keep, strict=True) if k])
+
+    def run(delayed, plain, taps):  # each device sees its own [1, ...] of every tap
         own = [tuple(t[0] for t in tap) for tap in taps]
-        outs, ids = replay(step.plans[0], jaxpr, consts, merge(plain), own)
+        left, kept = iter(plain), iter(rebuilt(delayed))
+        args = [next(kept) if k else next(left) for k in step.keep]
+        outs, ids = replay(step.plans[0], jaxpr, consts, args, own)
         return whole(outs), [_varying(i, a)[None] for i, a in zip(ids, axes, strict=True)]
 
     in_specs = [s for s, k in zip(p["in_specs"], step.keep, strict=True) if not k]
     mapped = jax.shard_map(
         run,
         mesh=p["mesh"],
-        in_specs=(in_specs, by_site),
+        in_specs=(PartitionSpec(), in_specs, by_site),
         out_specs=(list(p["out_specs"]), by_site),
         axis_names=set(manual_axes(eqn)),
         check_vma=p["check_vma"],
     )
-    return mapped(plain, list(taps))
+    return mapped(delayed, plain, list(taps))
 
 
 def _varying(ids: Array, axes: Sequence[str]) -> Array:

@@ -43,8 +43,8 @@ class Sweep:
             self.count = jnp.sum(grad.indices < self.num_rows, dtype=jnp.int32)
             return
         n = grad.indices.size
-        narrow = grad.indices.dtype == jnp.int32
-        slots = distinct if ascending or not narrow else first_seen
+        sort = ascending or not n or grad.indices.dtype != jnp.int32
+        slots = distinct if sort else first_seen
         self.slot, indices, self.count = slots(grad.indices, self.num_rows, n)
         row_bytes = grad.dtype.itemsize * prod(grad.shape[1:])
         self.window = tuning.window_rows(n, row_bytes)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.core import Tracer
+from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 
 @dataclass
@@ -42,10 +44,19 @@ class Tuning:
 tuning = Tuning()
 
 
-def in_blocks(indices: Any) -> bool:
+def in_blocks(indices: Any, *others: Any) -> bool:
     """Whether a table of which a step lists these rows is updated a block at a time.
 
-    Only within a compiled function: a loop outside of one would be compiled at each call.
+    Only within a compiled function: a loop outside of one would be compiled at each call. And only
+    where neither `vmap` nor a derivative is at work on any of the arrays: neither can do much with
+    a loop whose number of turns is not known.
+
+    Args:
+      indices: `[n]` as the step lists them.
+      others: the arrays that such a loop would read.
     """
-    traced = isinstance(indices, jax.core.Tracer)
-    return traced and indices.size > tuning.block_rows and jax.default_backend() == "cpu"
+    plain = all(
+        isinstance(x, DynamicJaxprTracer) for x in (indices, *others) if isinstance(x, Tracer)
+    )
+    many = isinstance(indices, Tracer) and indices.size > tuning.block_rows
+    return many and plain and jax.default_backend() == "cpu"

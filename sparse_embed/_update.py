@@ -34,6 +34,11 @@ class Update:
     def tables(self) -> dict[int, Any]:
         return {k: g for k, g in enumerate(self.grads) if isinstance(g, RowSparse | Listed)}
 
+    def arrays(self) -> list[Any]:
+        """Those that the gradients hold."""
+        listed = [part for g in self.grads if isinstance(g, Listed) for part in g.parts]
+        return jax.tree.leaves((listed, [g for g in self.grads if not isinstance(g, Listed)]))
+
     def coalesced(self) -> "Update":
         """The same, with each gradient of a table a coalesced `RowSparse`."""
         grads = [g.coalesced() if isinstance(g, Listed) else g for g in self.grads]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations, small_blocks
+from helpers import count_compilations, small_blocks, temp_bytes
 
 import sparse_embed as se
 from sparse_embed import _first_seen
@@ -124,6 +124,7 @@ CHAINS = {
     ),
     "largest": optax.chain(by_largest(lambda g: jnp.max(jnp.abs(g))), optax.sgd(0.1)),
     "smallest": optax.chain(by_largest(lambda g: -jnp.min(-jnp.abs(g))), optax.sgd(0.1)),
+    "smallest, with signs": optax.chain(by_largest(lambda g: 9 - jnp.min(g)), optax.sgd(0.1)),
     "any": optax.chain(by_largest(lambda g: 1.0 * jnp.any(g > 0)), optax.sgd(0.1)),
     "counts of integers": optax.chain(by_largest(lambda g: jnp.sum(g > 0)), optax.sgd(0.1)),
     "row-wise": se.rowwise_adagrad(0.1),
@@ -169,6 +170,23 @@ def test_apply_in_blocks(name, every, clock):
         assert jax.tree.structure(got) == jax.tree.structure(want)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pick, idle", [(jnp.min, 1.0), (jnp.max, -1.0)])
+def test_untouched_rows_count_in_a_reduction(pick, idle):
+    """Repeats leave room in a list as long as the table: untouched rows are there still."""
+
+    def update(grads, state, params=None):
+        return jax.tree.map(lambda g: g * (2 + pick(g)), grads), state
+
+    tx = se.lazy(optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+    table, ids = jnp.ones((6, 1)), jnp.array([0, 0, 0, 1, 1, 2])
+    grads = se.RowSparse(ids, idle * jnp.ones((6, 1)), (6, 1))
+    want = [6.0, 4.0, 2.0, 0.0, 0.0, 0.0]
+    for rows in (2048, 2):
+        with small_blocks(rows):
+            new, _ = jax.jit(lambda g: tx.apply(g, tx.init(table), table))(grads)
+        np.testing.assert_allclose(idle * (new - table)[:, 0], want)
 
 
 def test_reduction_in_a_branch_is_done_at_once(monkeypatch):
@@ -243,6 +261,85 @@ def test_step_in_blocks(tx):
     np.testing.assert_allclose(value, loss, rtol=1e-5)
     for name, leaf in want.items():
         np.testing.assert_allclose(params[name], leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_table_of_which_nothing_is_listed():
+    """Rows read under `stop_gradient` only: its gradient lists nothing, another is in blocks."""
+    params = {"a": jnp.ones((5000, 3)), "b": jnp.ones((9, 2))}
+    ids = jnp.arange(3000)
+
+    def loss(p, ids):
+        return (p["a"][ids] ** 2).sum() + jax.lax.stop_gradient(p["b"][ids % 9]).sum()
+
+    tx = se.lazy(optax.sgd(0.1))
+    new, _, _ = se.train_step(loss, tx)(jax.tree.map(jnp.copy, params), tx.init(params), ids)
+    np.testing.assert_allclose(new["a"][:, 0], np.where(np.arange(5000) < 3000, 0.8, 1.0))
+    np.testing.assert_array_equal(new["b"], params["b"])
+
+
+def cubes(t, ids):
+    return (t[ids] ** 3).sum()
+
+
+DIFFERENTIABLE = {
+    "a step within a loss": lambda t, ids: cubes(t + se.grad(cubes)(t, ids) * -0.1, ids),
+    "a penalty on the gradient": lambda t, ids: (se.grad(cubes)(t, ids).todense() ** 2).sum(),
+    "an optimizer within a loss": lambda t, ids: cubes(
+        se.lazy(optax.sgd(0.1)).apply(se.grad(cubes)(t, ids), se.lazy(optax.sgd(0.1)).init(t), t)[
+            0
+        ],
+        ids,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_derivatives_through_a_step(name):
+    """No loop of unknown length where a derivative has to come back."""
+    f = DIFFERENTIABLE[name]
+    table, ids = jnp.linspace(0.0, 1.0, 5000)[:, None], jnp.arange(3000) // 2
+    got = jax.jit(jax.grad(f))(table, ids)
+    with small_blocks(10**6):
+        want = jax.jit(jax.grad(lambda t, ids: f(t, ids)))(table, ids)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    if "optimizer" not in name:
+        jitted = jax.jit(f)
+        np.testing.assert_allclose(jax.grad(lambda t: jitted(t, ids))(table), want, rtol=1e-5)
+
+
+def test_vmap_of_a_step_copies_no_table():
+    tx = se.lazy(optax.adam(0.1))
+
+    def step(params, state, ids):
+        grads = se.grad(cubes)(params, ids)
+        return tx.apply(grads, state, params)
+
+    tables, ids = jnp.ones((2, HEIGHT, 8)), jnp.zeros((2, 3000), jnp.int32)
+    state = jax.vmap(tx.init)(tables)
+    assert temp_bytes(jax.vmap(step), tables, state, ids, donate=(0, 1)) < tables.nbytes / 2
+
+
+def test_loss_with_a_shard_map_steps_twice():
+    """From the second step on the arrays carry the mesh."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def loss(params, ids):
+        def local(t, ids):
+            return jax.lax.psum((t[ids] ** 2).sum() + (t * t)[ids].sum(1).sum(), "d")
+
+        specs = {"in_specs": (spec(), spec("d")), "out_specs": spec()}
+        return jax.shard_map(local, mesh=mesh, **specs)(params["t"], ids)
+
+    params, ids = {"t": jnp.ones((40, 2))}, jnp.array([[3, 4], [3, 5]])
+    dense = jax.tree.map(jnp.copy, params)
+    tx = se.lazy(optax.sgd(0.1))
+    state, step = tx.init(params), se.train_step(loss, tx)
+    for _ in range(3):
+        params, state, _ = step(params, state, ids)
+        grads = jax.grad(loss)(dense, ids)
+        dense = jax.tree.map(lambda x, g: x - 0.1 * g, dense, grads)
+    np.testing.assert_allclose(params["t"], dense["t"], rtol=1e-5)
 
 
 # --- bags tapped at their sums --------------------------------------------------------------------

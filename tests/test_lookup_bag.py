@@ -684,3 +684,16 @@ def test_a_wrong_call_says_what_to_write(wrong):
     pattern = ".*\n  got: ".join(map(re.escape, (wrote, got)))
     with pytest.raises(error, match=f"(?s){pattern}.*\n  write: .*{re.escape(instead)}"):
         call()
+
+
+@pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
+def test_other_rows_of_a_bag_keep_their_gradient(combiner):
+    """An id out of range makes its bag NaN; it alone gets no gradient."""
+    ids = jnp.array([[0, 3, 25], [1, 1, 2]])
+
+    def total(table, weights=None):
+        return se.lookup_bag(table, ids, combiner=combiner, weights=weights).sum()
+
+    got = jax.grad(total)(jnp.ones((5, 2)))
+    np.testing.assert_allclose(got, jax.grad(total)(jnp.ones((5, 2)), jnp.ones(ids.shape)))
+    assert (np.asarray(got)[[0, 3]] != 0).all()

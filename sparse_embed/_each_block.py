@@ -71,27 +71,16 @@ def add_rows(table: Array, indices: Array, rows: Array) -> Array:
 
     The sum is rounded once to the table's dtype, as in `table + dense`.
     """
-    if in_blocks(indices, table, rows):
-        return _added_in_blocks(table, rows, indices)
-    return _added(table, rows, indices)
 
+    def added(indices: Array, rows: Array, table: Array) -> Array:
+        return put(table, indices, (gather_rows(table, indices) + rows).astype(table.dtype))
 
-def _added(table: Array, rows: Array, indices: Array) -> Array:
-    return put(table, indices, (gather_rows(table, indices) + rows).astype(table.dtype))
-
-
-@jax.custom_jvp
-def _added_in_blocks(table: Array, rows: Array, indices: Array) -> Array:
+    if not in_blocks(indices, table, rows):
+        return added(indices, rows, table)
     num_rows = table.shape[0]
     count = jnp.sum(indices < num_rows, dtype=jnp.int32)
-    body = lambda block, table: _added(table, block.rows, block.indices)  # noqa: E731
+    body = lambda block, table: added(block.indices, block.rows, table)  # noqa: E731
     return each_block(body, table, indices, rows, count, num_rows)
-
-
-@_added_in_blocks.defjvp
-def _added_in_blocks_jvp(primals: Any, tangents: Any) -> Any:
-    # The tangent at once: a derivative cannot go back through a loop of unknown length.
-    return _added_in_blocks(*primals), _added(tangents[0], tangents[1], primals[2])
 
 
 def put(table: Array, indices: Array, rows: Array) -> Array:

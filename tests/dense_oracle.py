@@ -17,6 +17,8 @@ import sparse_embed as se
 STEPS = 12
 LISTED = 5  # indices of a step's gradient, for each table
 ALL = tuple(SHAPES)
+# These programs run a few times on a few rows: most of their time is compilation.
+QUICKLY = {"xla_backend_optimization_level": 0}
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
 
 
@@ -112,7 +114,7 @@ def put_back(old: Any, new: Any, batch: dict[str, Any]) -> Any:
 def stepper(tx: Any) -> Any:
     """One compiled step of a transformation, dense or lazy."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def step(params, state, grads, extra):
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state

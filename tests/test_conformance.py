@@ -23,6 +23,7 @@ from conformance import (
 )
 from dense_oracle import (
     LISTED,
+    QUICKLY,
     assert_same,
     batches,
     dense_steps,
@@ -88,7 +89,7 @@ IN_BLOCKS = {"rtol": 2e-5, "atol": 2e-6}
 def in_blocks(tx: Any, subject: Any, extra: Any) -> Any:
     """Params and state after all batches by `tx.apply`, two rows at a time, repeats not summed."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def step(params, state, batch, extra):
         grads = {
             name: Listed([Part(g[0][None], g[1])], SHAPES[name], g[1].dtype)

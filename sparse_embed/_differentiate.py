@@ -14,6 +14,7 @@ from sparse_embed._listed import Listed, Part
 from sparse_embed._plan import Plan, Site
 from sparse_embed._program import Program, Tables, find_tables, trace
 from sparse_embed._replay import Taps, replay
+from sparse_embed._tuning import tuning
 
 
 def value_and_listed(
@@ -22,16 +23,21 @@ def value_and_listed(
     has_aux: bool,
     *,
     tables: Tables = None,
-) -> Callable[..., Any]:
-    """As `value_and_grad`, with a `Listed` for each table: repeats are not summed yet."""
+    lay_out: bool = False,
+) -> Callable[..., tuple[Any, Any, list[Array]]]:
+    """As `value_and_grad`, with a `Listed` for each table: repeats are not summed yet.
+
+    The function made also returns the largest arrays that it lays out: gradients of rows and, with
+    `lay_out`, the rows themselves.
+    """
 
     def value_and_listed_fun(*args: Any, **kwargs: Any) -> Any:
         program = trace(fun, argnums, args, kwargs)
         first = _check_like_jax(fun, argnums, has_aux, program, args, kwargs)
         live = [i == first for i in range(len(program.jaxpr.outvars))]
         found, plan = find_tables(program, tables, live)
-        outs, grads = _differentiate(program, plan, found, first)
-        return program.output(outs), program.treedef.unflatten(grads)
+        outs, grads, laid_out = _differentiate(program, plan, found, first, lay_out)
+        return program.output(outs), program.treedef.unflatten(grads), laid_out
 
     return value_and_listed_fun
 
@@ -74,21 +80,22 @@ def _is_float_leaf(leaf: Any) -> bool:
 
 
 def _differentiate(
-    program: Program, plan: Plan, tables: set[int], first: int
-) -> tuple[list[Array], list[Any]]:
-    """All outputs of the program, and a gradient for each leaf."""
+    program: Program, plan: Plan, tables: set[int], first: int, lay_out: bool
+) -> tuple[list[Array], list[Any], list[Array]]:
+    """All outputs of the program, a gradient for each leaf, and large arrays on the way."""
     leaves = program.leaves
 
     def run(dense: dict[int, Array], taps: list[Taps]) -> tuple[Array, Any]:
         args = [Leaf(k, x) if k in tables else dense[k] for k, x in enumerate(leaves)]
-        outs, ids = replay(plan, program.jaxpr, program.consts, args, taps)
+        laid_out: list[Array] | None = [] if lay_out else None
+        outs, ids = replay(plan, program.jaxpr, program.consts, args, taps, laid_out)
         outs = whole(outs)
-        return outs[first], (outs, ids)
+        return outs[first], (outs, ids, laid_out or [])
 
     _check_devices(program, plan)
     dense = {k: x for k, x in enumerate(leaves) if k not in tables}
     taps = [tuple(_tap(site, leaves[k]) for k in site.leaves) for site in plan.sites]
-    (value, (outs, ids)), (grads, tap_grads) = jax.value_and_grad(
+    (value, (outs, ids, laid_out)), (grads, tap_grads) = jax.value_and_grad(
         run, argnums=(0, 1), has_aux=True
     )(dense, taps)
     outs[first] = value
@@ -99,9 +106,11 @@ def _differentiate(
             if k in site.leaves
         ]
         grads[k] = Listed(parts, leaves[k].shape, leaves[k].dtype)
+        laid_out += [part.rows for part in parts]
     if tables:
         _tie(outs, grads)
-    return outs, [grads[k] for k in range(len(leaves))]
+    large = [x for x in laid_out if tuning.keeps(x)]
+    return outs, [grads[k] for k in range(len(leaves))], large
 
 
 def _check_devices(program: Program, plan: Plan) -> None:

@@ -58,8 +58,8 @@ def value_and_grad(
     listing = value_and_listed(fun, argnums, has_aux, tables=tables)
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
-        value, grads = listing(*args, **kwargs)
-        return value, jax.tree.map(_coalesced, grads, is_leaf=is_listed)
+        value, grads, _ = listing(*args, **kwargs)
+        return value, gradients(grads)
 
     return value_and_grad_fun
 
@@ -98,6 +98,11 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return grad_fun
+
+
+def gradients(listed: Any) -> Any:
+    """A tree as of `value_and_listed`, with a `RowSparse` for each table."""
+    return jax.tree.map(_coalesced, listed, is_leaf=is_listed)
 
 
 def _coalesced(grad: Any) -> Any:

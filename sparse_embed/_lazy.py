@@ -18,6 +18,7 @@ from sparse_embed._lazy_state import (
     warn_of_accumulators,
 )
 from sparse_embed._listed import Listed, as_listed
+from sparse_embed._pages import ask_for_huge_pages
 from sparse_embed._row_sparse import RowSparse, is_row_sparse, unsummed
 from sparse_embed._separable import check_separable
 from sparse_embed._tuning import in_blocks
@@ -111,6 +112,7 @@ def lazy(
         counts = new_row_counts(params, layout) if clock == "row" else {}
         inner_state = inner.init(params)
         warn_of_accumulators(inner_state)
+        ask_for_huge_pages((params, inner_state, counts))
         return LazyState(inner_state, counts)
 
     def prepared(updates: Any, state: LazyState, params: Any) -> tuple[Update, Any]:

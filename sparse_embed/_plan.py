@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import jax.numpy as jnp
+from jax import Array
+
 from sparse_embed._jaxpr import JaxprEqn, manual_axes
 from sparse_embed._reads import RowRead
 
@@ -56,6 +59,10 @@ class Site:
             return self.shape
         axis = len(self.shape) + self.bag
         return self.shape[:axis] + self.shape[axis + 1 :]
+
+    def nothing(self) -> Array:
+        """Ids, where the read does not happen."""
+        return jnp.full(self.shape, 0 if self.lists == "asked" else self.read.num_rows, jnp.int32)
 
     def under(self, length: int, axes: tuple[str, ...]) -> "Site":
         """The same site, seen from outside an axis of `length`."""

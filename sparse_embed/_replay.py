@@ -23,14 +23,18 @@ from sparse_embed._jaxpr import (
     open_jaxpr,
     scan_split,
 )
-from sparse_embed._plan import Plan, Site, Step, site_axes
+from sparse_embed._plan import Plan, Step, site_axes
+from sparse_embed._tuning import tuning
 
-Outs = tuple[list[Any], list[Array]]  # outputs, and the ids of the sites
+Values = list[Any]
+Outs = tuple[Values, list[Array]]  # outputs, and the ids of the sites
 Taps = tuple[Array, ...]  # one tap `[*site.tap_shape, *features]` for each leaf of a site
+ManyTaps = Sequence[Taps]
+LaidOut = list[Array] | None
 
 
 def replay(
-    plan: Plan, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], taps: Sequence[Taps]
+    plan: Plan, jaxpr: Any, consts: Any, args: Any, taps: ManyTaps, laid_out: LaidOut = None
 ) -> Outs:
     """Runs a planned jaxpr.
 
@@ -40,6 +44,8 @@ def replay(
       consts: values of its constants.
       args: values of its inputs; `Delayed` where the plan's tags say so.
       taps: one tuple of taps for each site of the plan.
+      laid_out: a list that gets the rows of each large read, but for those inside loops and
+        branches. Such rows lie in memory once, for all who use them.
 
     Returns:
       Its outputs (some may be `Delayed`), and the ids `[*site.shape]` of each site.
@@ -55,17 +61,17 @@ def replay(
             outs = bind(eqn, whole(values))
         else:
             inside = [next(left) for _ in step.sites]
-            outs, found = _STEPS[step.kind](eqn, step, values, inside)
+            outs, found = _STEPS[step.kind](eqn, step, values, inside, laid_out)
             ids += found
         env.update(zip(eqn.outvars, outs, strict=True))
     return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars], ids
 
 
-def _row_op(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _row_op(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     return [Delayed(eqn, values, i) for i in range(len(eqn.outvars))], []
 
 
-def _same_rows(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _same_rows(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     plain = [i for i, v in enumerate(values) if not isinstance(v, Delayed)]
     if plain:
         for i, v in zip(plain, bind(eqn, [values[i] for i in plain]), strict=True):
@@ -73,7 +79,7 @@ def _same_rows(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps
     return values, []
 
 
-def _read(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _read(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     table, *starts = values
     if not isinstance(table, Delayed):  # an ordinary array, read at ids made of a table
         return bind(eqn, whole(values)), []
@@ -90,20 +96,22 @@ def _read(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) ->
             flat_taps = [t.reshape(-1, *f) for t, f in zip(tap, features, strict=True)]
             named = dict(zip(site.leaves, flat_taps, strict=True))
     rows = table.rows(flat, named, {})
+    if laid is not None and tuning.keeps(rows):
+        rows = jax.lax.optimization_barrier(rows)
+        laid.append(rows)
     out = step.read.place(rows.reshape(*ids.safe.shape, *rows.shape[1:]), ids)
     return [out], [getattr(ids, site.lists) for site in step.sites]
 
 
-def _done(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _done(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     return values, []  # the sum was made where its rows were read
 
 
-def _call(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
-    jaxpr, consts = called_jaxpr(eqn)
-    return replay(step.plans[0], jaxpr, consts, values, taps)
+def _call(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
+    return replay(step.plans[0], *called_jaxpr(eqn), values, taps, laid)
 
 
-def _checkpoint(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _checkpoint(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     jaxpr, consts = called_jaxpr(eqn)
     merge, plain = _split(values, [isinstance(v, Delayed) for v in values])
 
@@ -115,7 +123,7 @@ def _checkpoint(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Tap
     return jax.checkpoint(run, **options)(plain, taps)
 
 
-def _cond(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _cond(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     index, *operands = values
     merge, plain = _split(operands, [isinstance(v, Delayed) for v in operands])
 
@@ -129,7 +137,7 @@ def _cond(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) ->
             outs, ids = replay(step.plans[number], jaxpr, consts, merge(plain), own)
             listed = iter(ids)
             # A branch that is not taken lists nothing.
-            every = [next(listed) if i in mine else _nothing(s) for i, s in sites]
+            every = [next(listed) if i in mine else s.nothing() for i, s in sites]
             return whole(outs), [jnp.asarray(x, jnp.int32) for x in every]
 
         return run
@@ -139,11 +147,7 @@ def _cond(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) ->
     return jax.lax.switch(index, branches, plain, list(taps))
 
 
-def _nothing(site: Site) -> Array:
-    return jnp.full(site.shape, 0 if site.lists == "asked" else site.read.num_rows, jnp.int32)
-
-
-def _scan(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _scan(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     consts, carry = scan_split(eqn) or (0, 0)
     jaxpr, jaxpr_consts = open_jaxpr(eqn.params["jaxpr"])
     values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
@@ -162,7 +166,7 @@ def _scan(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) ->
     return [*merge(last), *ys], ids
 
 
-def _while(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _while(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
     first = in_cond + in_body
@@ -183,7 +187,7 @@ def _while(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -
     return merge(jax.lax.while_loop(going, round_, changing)), []
 
 
-def _shard_map(eqn: JaxprEqn, step: Step, values: list[Any], taps: Sequence[Taps]) -> Outs:
+def _shard_map(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
     p, (jaxpr, consts) = eqn.params, called_jaxpr(eqn)
     values = [v if k else w for v, k, w in zip(values, step.keep, whole(values), strict=True)]
     _, plain = _split(values, step.keep)

@@ -6,12 +6,15 @@ from typing import Any
 
 import jax
 import optax
+from jax import Array
 
 from sparse_embed._differentiate import value_and_listed
 from sparse_embed._errors import describe, message
-from sparse_embed._grad import value_and_grad
+from sparse_embed._grad import gradients
 from sparse_embed._lazy_state import LazyState
+from sparse_embed._pages import ask_for_huge_pages
 from sparse_embed._row_sparse import is_row_sparse
+from sparse_embed._scratch import ScratchStep
 from sparse_embed._settled import settled
 from sparse_embed._touched import touched
 from sparse_embed.exact._state import ExactState
@@ -21,15 +24,19 @@ class TrainStep:
     """A compiled training step: call it as `step(params, opt_state, *args)`, or audit it."""
 
     def __init__(self, step: Callable[..., Any]):
-        self._step = jax.jit(step, donate_argnums=(0, 1))
+        self._step = ScratchStep(step)
+        self._new = True
 
     def __call__(self, params: Any, opt_state: Any, *args: Any) -> Any:
         _check_buffers(params, opt_state)
+        if self._new:
+            ask_for_huge_pages((params, opt_state))
+            self._new = False
         return self._step(params, opt_state, *args)
 
     def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:
-        """As of `jax.jit(step)`."""
-        return self._step.lower(params, opt_state, *args)
+        """As of `jax.jit(step, donate_argnums=(0, 1))`."""
+        return self._step.plain.lower(params, opt_state, *args)
 
 
 def train_step(
@@ -79,8 +86,7 @@ def train_step(
         )
     several = not isinstance(argnums, int)
     numbers = [argnums] if isinstance(argnums, int) else list(argnums)
-    gradient = value_and_grad(loss_fn, argnums, has_aux)
-    listing = value_and_listed(loss_fn, argnums, has_aux)
+    listing = value_and_listed(loss_fn, argnums, has_aux, lay_out=True)
     apply = getattr(tx, "apply", None)
 
     settle = getattr(tx, "settle", None)
@@ -89,7 +95,7 @@ def train_step(
     def rows_read(args: tuple[Any, ...], params: Any) -> Any:
         return listed(*_merge(numbers, params if several else (params,), args))
 
-    def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
+    def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, list[Array]]:
         if settle is not None:
             read = partial(rows_read, args)
             params, opt_state = settled(settle, read, params, opt_state)
@@ -104,14 +110,14 @@ def train_step(
                 )
             )
         given = _merge(numbers, params if several else (params,), args)
-        if apply is not None:  # update and application in one, repeats not yet summed
-            value, grads = listing(*given)
-            loss = value[0] if has_aux else value
-            return *apply(grads, opt_state, params, value=loss), value
-        value, grads = gradient(*given)
+        value, grads, laid_out = listing(*given)
         loss = value[0] if has_aux else value
-        updates, opt_state = _update(tx, grads, opt_state, params, loss)
-        return optax.apply_updates(params, updates), opt_state, value
+        if apply is not None:  # update and application in one, repeats not yet summed
+            params, opt_state = apply(grads, opt_state, params, value=loss)
+        else:
+            updates, opt_state = _update(tx, gradients(grads), opt_state, params, loss)
+            params = optax.apply_updates(params, updates)
+        return (params, opt_state, value), laid_out
 
     return TrainStep(step)
 

@@ -1,6 +1,7 @@
-"""The sizes that decide how the work of a step is cut into pieces, in one place."""
+"""The numbers that decide how a step uses the memory of a CPU, in one place."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 @dataclass
 class Tuning:
-    """How many rows a step works on at a time. The defaults are meant to be left alone.
+    """How a step uses the memory of a CPU. The defaults are meant to be left alone.
 
     On a CPU the distinct rows of a table are gone through in blocks that stay in its caches; other
     devices take all of them at once. What a step computes does not depend on these numbers, up to
@@ -22,6 +23,11 @@ class Tuning:
         updated at once.
       window_bytes: room for summed gradients; further rows wait for their turn. Never less than an
         eighth of the rows listed, so that no step takes more than eight turns.
+      kept_bytes: rows that a step lays out, and their gradients, stay allocated from one step of a
+        `train_step` to the next if they take no less than this. To get memory anew costs more than
+        to fill it.
+      huge_pages: whether Linux is asked for huge pages under tables and their optimizer's state, at
+        `init` and in the first step of a `train_step`. Not asked where the system never gives any.
 
     Example:
       >>> import sparse_embed as se
@@ -33,6 +39,13 @@ class Tuning:
 
     block_rows: int = 2048
     window_bytes: int = 8_000_000
+    kept_bytes: int = 8_000_000
+    huge_pages: bool = True
+
+    def keeps(self, x: Any) -> bool:
+        """Whether the memory of an array is kept from one step to the next, on CPUs."""
+        size = prod(x.shape) * x.dtype.itemsize
+        return size >= self.kept_bytes and jax.default_backend() == "cpu"
 
     def window_rows(self, listed: int, row_bytes: int) -> int:
         """Rows of a window: whole blocks, and no more than can be needed."""

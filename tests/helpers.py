@@ -45,14 +45,21 @@ def count_compilations() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def small_blocks(rows: int) -> Iterator[None]:
-    """Within it, steps are traced to go through a table so few rows at a time."""
-    before = se.tuning.block_rows, se.tuning.window_bytes
-    se.tuning.block_rows, se.tuning.window_bytes = rows, 1
+def tuned(**numbers: Any) -> Iterator[None]:
+    """Within it, `se.tuning` has these numbers."""
+    before = {name: getattr(se.tuning, name) for name in numbers}
     try:
+        for name, number in numbers.items():
+            setattr(se.tuning, name, number)
         yield
     finally:
-        se.tuning.block_rows, se.tuning.window_bytes = before
+        for name, number in before.items():
+            setattr(se.tuning, name, number)
+
+
+def small_blocks(rows: int) -> contextlib.AbstractContextManager[None]:
+    """Within it, steps are traced to go through a table so few rows at a time."""
+    return tuned(block_rows=rows, window_bytes=1)
 
 
 def temp_bytes(fn: Callable, *args: Any, donate: tuple[int, ...] = ()) -> int:

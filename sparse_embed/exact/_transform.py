@@ -11,6 +11,7 @@ from jax import Array
 
 from sparse_embed._lazy import lazy
 from sparse_embed._lazy_state import LazyState
+from sparse_embed._pages import ask_for_huge_pages
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._segments import distinct, flat_indices, gather_rows
 from sparse_embed.exact._checks import (
@@ -120,6 +121,7 @@ class Exact(abc.ABC):
         for k, table in self.tables(params, inner_state, step).items():
             made[k] = jax.jit(table.start, static_argnums=0)(jnp.shape(leaves[k])[0])
             check_finite(table.name, made[k].now)
+        ask_for_huge_pages(made)
         return ExactState(inner_state, step, treedef.unflatten(made))
 
     def settle(

@@ -7,8 +7,6 @@
 Prints markdown. A full run goes to `benchmarks/results/`, its figure to `docs/figures/`.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ import numpy as np
 import optax
 from _inputs import BATCHES, SEED, distinct, zipf
 from _measure import machine, markdown
+from _report import RESULTS, command_line, heading, write
 from matplotlib.figure import Figure
 
 import sparse_embed as se
@@ -137,11 +136,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, prints, and writes what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_const", const="quick", dest="size", default="full")
-    parser.add_argument("--tiny", action="store_const", const="tiny", dest="size")
-    parser.add_argument("--only", help="a table of another benchmark: then nothing is done here")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser = command_line(__doc__, "a table of another benchmark: then nothing is done here")
     args = parser.parse_args(argv)
     if args.only:
         return
@@ -150,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts |= {"size": args.size, "ids of a step": size[2], "steps": steps, "peak rate": RATE}
     made = rules(optax.warmup_cosine_decay_schedule(0.0, RATE, steps // 10, steps))
     runs = [experiment(size, power, made) for power in (1.1, 0.8)]
-    text = ["# Distance from dense Adam", ", ".join(f"{k} {v}" for k, v in facts.items()), ABOUT]
+    text = heading("Distance from dense Adam", facts) + [ABOUT]
     for run in runs:
         kinds = run["rules"].items()
         rows = [{"rule": name} | mine | {"distance": mine["distance"][-1]} for name, mine in kinds]
@@ -158,11 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n\n".join(text), flush=True)
     out, figure = args.json, args.json and args.json.with_suffix(".svg")
     if out is None and args.size == "full":
-        out, figure = HERE / "results/distance.json", HERE.parent / "docs/figures/distance.svg"
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(facts | {"runs": runs}, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+        out, figure = RESULTS / "distance.json", HERE.parent / "docs/figures/distance.svg"
+    write(out, facts | {"runs": runs}, text)
+    if figure:
         draw(runs, figure)
 
 

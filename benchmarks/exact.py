@@ -5,12 +5,9 @@
 Letters: V rows of the table, d features.
 """
 
-import argparse
 import gc
-import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +16,7 @@ import numpy as np
 import optax
 from _inputs import SEED, distinct, rotated, uniform
 from _measure import in_turns, machine, markdown, ratio, times
+from _report import RESULTS, command_line, heading, write
 
 import sparse_embed as se
 
@@ -114,11 +112,7 @@ def settling(sizes: Sizes) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and writes what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_const", const="quick", dest="size", default="full")
-    parser.add_argument("--tiny", action="store_const", const="tiny", dest="size")
-    parser.add_argument("--only", help="a table of steps.py: nothing is measured here")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser = command_line(__doc__, "a table of steps.py: nothing is measured here")
     args = parser.parse_args(argv)
     if args.only:
         return
@@ -128,18 +122,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num_rows in sizes.heights[1:]:
         rows += beside_lazy(num_rows, sizes, list(PAIRS)[:2])
     tables = {"steps": rows, "all rows settled, adamw": settling(sizes)}
-    text = ["# Exact steps", ", ".join(f"{k} {v}" for k, v in facts.items())]
+    text = heading("Exact steps", facts)
     text += [f"`[V, {sizes.d}]`, {sizes.ids:,} uniform ids a step, warm-up and cosine from step 0"]
     text += [f"## {name}\n\n{markdown(rows)}" for name, rows in tables.items()]
     print("\n\n".join(text), flush=True)
     out = args.json
     if out is None and args.size == "full":
         name = f"exact-{jax.default_backend()}-{facts['cores']}core.json"
-        out = Path(__file__).parent / "results" / name
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(facts | {"tables": tables}, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+        out = RESULTS / name
+    write(out, facts | {"tables": tables}, text)
 
 
 if __name__ == "__main__":

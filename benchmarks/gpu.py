@@ -15,14 +15,11 @@ lookup costs nothing: the looked-up rows are results of the step, as an embeddin
 on, and their cotangents are arrays that are there already, as the layers above hand them back.
 """
 
-import argparse
 import itertools
-import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,12 +28,12 @@ import numpy as np
 import optax
 from _gpu_torch import MOMENTS, SEED, SIZES, Sizes, floors, in_another_python, power_law, timed
 from _measure import machine, markdown, times
+from _report import RESULTS, command_line, heading, write
 from _ways import OPTIMIZERS
 
 import sparse_embed as se
 
 GB = 1e9  # bytes
-RESULTS = Path(__file__).parent / "results"
 
 
 @jax.custom_vjp
@@ -207,12 +204,8 @@ def report(sizes: Sizes, of_torch: list[dict[str, Any]]) -> tuple[str, dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and writes what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_const", const="quick", dest="size", default="full")
-    parser.add_argument("--tiny", action="store_const", const="tiny", dest="size")
-    parser.add_argument("--only", help="a table of another benchmark: then nothing is measured")
+    parser = command_line(__doc__, "a table of another benchmark: then nothing is measured")
     parser.add_argument("--torch-python", metavar="PYTHON", help="one that has PyTorch with CUDA")
-    parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args(argv)
     if args.only:
         return 0
@@ -227,17 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if asked else 0
     facts = machine() | {"torch": of_torch["torch"], "size": args.size, "seed": SEED}
     about, tables = report(SIZES[args.size], of_torch["rows"])
-    text = ["# Steps on one GPU", ", ".join(f"{k} {v}" for k, v in facts.items()), about]
+    text = heading("Steps on one GPU", facts) + [about]
     text += [f"## {name}\n\n{markdown(rows)}" for name, rows in tables.items()]
     print("\n\n".join(text), flush=True)
     out = args.json
     if out is None and args.size == "full":
         kind = re.sub("[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
         out = RESULTS / f"gpu-{kind}.json"
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(facts | {"tables": tables}, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    write(out, facts | {"tables": tables}, text)
     return 0
 
 

@@ -12,10 +12,8 @@ one optimizer and size are measured in turns. What the machine lacks is left out
 Letters: V rows of the table, D features, n ids of a step.
 """
 
-import argparse
 import gc
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +34,9 @@ from _contest import (
 )
 from _curves import draw
 from _inputs import BATCHES, SEED, distinct, hot, zipf
-from _measure import MB, machine, markdown, times
+from _measure import MB, machine, markdown, peak_mb, times
 from _others import Others
+from _report import RESULTS, command_line, heading, write
 from steps import compilation
 
 Rows = list[dict[str, Any]]
@@ -150,7 +149,11 @@ def width(sizes: Sizes, others: Others) -> Tables:
 
 
 def memory(sizes: Sizes, others: Others) -> Tables:
-    """Memory that a compiled step needs beside its arguments, and the seconds to compile it."""
+    """Memory that a step needs beside its arguments, and the seconds to compile it.
+
+    *scratch* is what XLA plans; *peak* is by how much the resident memory of the process rises in
+    the first steps of a compiled function, whose arguments are there already.
+    """
     del others
     (batch, *_), found = zipf(sizes.table[0], sizes.bags, POWER), []
     made = {kind: parts for kind, parts in steps(pooled_loss).items() if "by hand" not in kind[1]}
@@ -158,6 +161,7 @@ def memory(sizes: Sizes, others: Others) -> Tables:
         size = sum(x.nbytes for x in jax.tree.leaves(way.state()))
         row = compilation(step, way, batch)
         row["scratch, of params and state"] = f"{row['scratch MB'] * MB / size:.2%}"
+        row["peak MB"] = peak_mb(lambda way=way: [way.run(batch) for _ in range(3)])
         found.append({"optimizer": optimizer} | row)
     return {_about(sizes, [batch])[0]: found}
 
@@ -209,18 +213,14 @@ FIGURES = {  # table -> its column, what stands at the axis
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and writes what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_const", const="quick", dest="size", default="full")
-    parser.add_argument("--tiny", action="store_const", const="tiny", dest="size")
-    parser.add_argument("--only", help="a table; those of other benchmarks are not measured here")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser = command_line(__doc__, "a table; those of other benchmarks are not measured here")
     parser.add_argument("--peers-python", type=Path, default=HERE.parent / ".venv-peers/bin/python")
     args = parser.parse_args(argv)
     if args.only and args.only not in TABLES:
         return
     others = Others(args.peers_python)
     facts = machine() | others.facts | {"size": args.size, "seed": SEED, "batches": BATCHES}
-    tables, text = {}, ["# Beside other libraries", ", ".join(f"{k} {v}" for k, v in facts.items())]
+    tables, text = {}, heading("Beside other libraries", facts)
     text += others.left_out
     print("\n\n".join(text), flush=True)
     for name in [args.only] if args.only else TABLES:
@@ -234,15 +234,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, figure = args.json, args.json and args.json.with_suffix("")
     if out is None and args.size == "full" and not args.only:
         name = f"peers-{jax.default_backend()}-{facts['cores']}core.json"
-        out, figure = HERE / "results" / name, HERE.parent / "docs/figures/peers"
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(facts | {"tables": tables}, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
-        for name in FIGURES.keys() & tables.keys():
-            ((caption, found),) = tables[name].items()
-            title = caption.replace("`", "")
-            draw(found, *FIGURES[name], title, figure.with_name(f"{figure.name}-{name}.svg"))
+        out, figure = RESULTS / name, HERE.parent / "docs/figures/peers"
+    write(out, facts | {"tables": tables}, text)
+    for name in FIGURES.keys() & tables.keys() if figure else ():
+        ((caption, found),) = tables[name].items()
+        title = caption.replace("`", "")
+        draw(found, *FIGURES[name], title, figure.with_name(f"{figure.name}-{name}.svg"))
 
 
 if __name__ == "__main__":

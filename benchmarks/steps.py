@@ -9,19 +9,17 @@ Prints markdown, and writes it with the numbers to `benchmarks/results/` (a quic
 only where `--json` says so). All ways of a table are measured in turns, see `_measure.in_turns`.
 """
 
-import argparse
 import gc
 import inspect
-import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from _inputs import BATCHES, SEED, arrays, dense_leaf, distinct, hot, rotated, uniform, zipf
 from _measure import Way, in_turns, machine, markdown, memory, ratio, times
+from _report import RESULTS, command_line, heading, write
 from _ways import OPTIMIZERS, by_hand_adam, dense, folded_sgd, loss_fn, ours, ref_sgd, refs_work
 
 import sparse_embed as se
@@ -197,22 +195,17 @@ def compilation(name: str, way: Way, ids: jax.Array) -> dict[str, Any]:
     return row | {"trace s": round(middle - start, 2), "compile s": round(end - middle, 2)}
 
 
-RESULTS = Path(__file__).parent / "results"
 TABLES: dict[str, Callable[[Sizes], Tables]] = {f.__name__: f for f in (flat, pooled, tall, phases)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and writes what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_const", const="quick", dest="size", default="full")
-    parser.add_argument("--tiny", action="store_const", const="tiny", dest="size")
-    parser.add_argument("--only", help="a table; those of other benchmarks are not measured here")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser = command_line(__doc__, "a table; those of other benchmarks are not measured here")
     args = parser.parse_args(argv)
     if args.only and args.only not in TABLES:
         return
     facts = machine() | {"size": args.size, "seed": SEED, "batches": BATCHES}
-    tables, text = {}, ["# Step times", ", ".join(f"{k} {v}" for k, v in facts.items())]
+    tables, text = {}, heading("Step times", facts)
     print("\n\n".join(text), flush=True)
     for name in [args.only] if args.only else TABLES:
         tables[name] = TABLES[name](SIZES[args.size])
@@ -224,10 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.json
     if out is None and args.size == "full" and not args.only:
         out = RESULTS / f"{jax.default_backend()}-{facts['cores']}core.json"
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(facts | {"tables": tables}, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    write(out, facts | {"tables": tables}, text)
 
 
 if __name__ == "__main__":

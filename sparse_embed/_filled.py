@@ -15,7 +15,7 @@ Held = dict[str, dict[Any, Array]]  # arrays, or rows of them, by what they are 
 class Filled(NamedTuple):
     """A block of one table.
 
-    `held` has the rows of the arrays of `InBlocks._held`.
+    `held` has the rows of the arrays of `BlockProgram.held`.
     """
 
     table: int
@@ -28,11 +28,6 @@ def padding_row(x: Any) -> Array:
     """One row like those of a table or of its gradient."""
     like = struct(x)
     return jnp.zeros((1, *like.shape[1:]), like.dtype)
-
-
-def changes(jaxpr: Any, number: int) -> bool:
-    """Whether an output is other than the input of the same number."""
-    return jaxpr.outvars[number] is not jaxpr.invars[number]
 
 
 def rows_of(engine: OnRows, value: Any, block: Filled) -> Array:

@@ -14,6 +14,7 @@ from jax import Array
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
+from jax.extend.core import get_opaque_trace_state as trace_state  # noqa: F401, for others
 from jax.interpreters import partial_eval
 
 # A message names the user's line, not one of this package.

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import jax
 import optax
 
+from sparse_embed._block_program import BlockProgram
 from sparse_embed._errors import describe, message
-from sparse_embed._in_blocks import InBlocks
+from sparse_embed._in_blocks import APPLY, LATER, LIST, run_in_blocks
 from sparse_embed._layout import check_state, state_layout
 from sparse_embed._lazy_state import (
     LazyState,
@@ -30,7 +31,7 @@ class LazyTransformation(optax.GradientTransformationExtraArgs):
 
     `apply(grads, opt_state, params, **extra) -> (params, opt_state)` does what `update` and
     `optax.apply_updates` do, a few rows at a time, so that the updates of a table are never laid
-    out. `se.train_step` calls it.
+    out. `se.train_step` calls it. `listed_update` is `update` for those who look at each row.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -43,6 +44,7 @@ class LazyTransformation(optax.GradientTransformationExtraArgs):
     """
 
     apply: Callable[..., tuple[Any, LazyState]]
+    listed_update: Callable[..., tuple[Any, LazyState]]
 
 
 def lazy(
@@ -131,21 +133,21 @@ def lazy(
         return Update(inner, layout, treedef, grads), leaves
 
     def run(
-        updates: Any, state: LazyState, params: Any, extra: dict[str, Any], write: bool
+        updates: Any, state: LazyState, params: Any, extra: dict[str, Any], how: str
     ) -> tuple[Any, LazyState]:
         job, leaves = prepared(updates, state, params)
         given = None if params is None else jax.tree.leaves(params)
         found, reductions = None, None
         arrays = [*job.arrays(), *leaves, *(given or []), *jax.tree.leaves(state.row_counts)]
         if any(in_blocks(g.indices, *arrays) for g in job.tables.values()):
-            work = InBlocks(job, leaves, given, state.row_counts, extra, write)
+            work = BlockProgram(job, leaves, given, state.row_counts, extra)
             reductions = work.reductions()
         if reductions is not None:
-            found, leaves, row_counts = work.run(reductions)
+            found, leaves, row_counts = run_in_blocks(work, reductions, how)
         else:
             job = job.coalesced()
             found, leaves, row_counts = run_update(job, leaves, params, state.row_counts, extra)
-        if write and given is not None:
+        if how == APPLY and given is not None:
             found = [
                 x if reductions is not None and k in job.tables else optax.apply_updates(p, x)
                 for k, (p, x) in enumerate(zip(given, found, strict=True))
@@ -156,13 +158,18 @@ def lazy(
     def update_fn(
         updates: Any, state: LazyState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, LazyState]:
-        return run(updates, state, params, extra_args, write=False)
+        return run(updates, state, params, extra_args, LATER)
+
+    def listed_update_fn(
+        updates: Any, state: LazyState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, LazyState]:
+        return run(updates, state, params, extra_args, LIST)
 
     def apply_fn(
         updates: Any, state: LazyState, params: Any, **extra_args: Any
     ) -> tuple[Any, LazyState]:
-        return run(updates, state, params, extra_args, write=True)
+        return run(updates, state, params, extra_args, APPLY)
 
     tx = LazyTransformation(init_fn, update_fn)
-    tx.apply = apply_fn
+    tx.apply, tx.listed_update = apply_fn, listed_update_fn
     return tx

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_embed._each_block import add_rows
 from sparse_embed._row_sparse import RowSparse
 from sparse_embed._segments import distinct, flat_indices, sum_dtype
 
@@ -77,6 +78,14 @@ class Listed:
         slots = distinct(self.indices, self.num_rows, size)
         rows = self.sums(slots.slot, 0, size)
         return RowSparse._make(slots.indices, rows, self.shape, True)
+
+    def unsummed(self) -> "Listed":
+        return self
+
+    def added_to(self, table: Array) -> Array:
+        """`table` with the gradient added."""
+        summed = self.coalesced()
+        return add_rows(table, summed.indices, summed.rows)
 
 
 def as_listed(grad: RowSparse) -> Listed:

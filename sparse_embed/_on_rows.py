@@ -65,17 +65,19 @@ class OnRows:
 
     def run(
         self,
-        program: tuple[Any, Sequence[Any]],
+        program: Any,
         args: Sequence[Any],
         only: Sequence[bool] | None = None,
+        made: Any = None,
     ) -> list[Any]:
         """Runs `(jaxpr, consts)`; each value is an array, `Rows`, `PerRow` or `Refused`.
 
-        With `only`, the equations for which it is true, and outputs of the others are `None`.
+        With `only`, the equations for which it is true, and outputs of the others are `None`, but
+        for variables whose values are `made` already.
         """
         jaxpr, consts = program
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
+        inputs = zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+        env: dict[Any, Any] = dict(inputs) | (made or {})
 
         def read(v: Any) -> Any:
             return v.val if isinstance(v, _jaxpr.Literal) else env.get(v)

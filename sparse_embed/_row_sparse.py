@@ -53,7 +53,7 @@ class RowSparse:
       [1.0, 1.0]
     """
 
-    __slots__ = ("indices", "rows", "shape", "coalesced", "_seal", "_listed")
+    __slots__ = ("indices", "rows", "shape", "coalesced", "_seal", "_source")
     __array_ufunc__ = None  # numpy must leave `table + row_sparse` to this class
 
     indices: Array  # [n]
@@ -86,7 +86,7 @@ class RowSparse:
         self, indices: Any, rows: Any, shape: tuple[int, ...], coalesced: bool, seal: Any
     ) -> RowSparse:
         self.indices, self.rows, self.shape = indices, rows, shape
-        self.coalesced, self._seal, self._listed = coalesced, seal, None
+        self.coalesced, self._seal, self._source = coalesced, seal, None
         return self
 
     @classmethod
@@ -97,23 +97,24 @@ class RowSparse:
         return cls.__new__(cls)._fill(indices, rows, shape, coalesced, SEAL)
 
     @classmethod
-    def _later(cls, listed: Any) -> RowSparse:
-        """That of `listed`, whose repeats are summed when its indices or rows are asked for.
+    def _later(cls, source: Any) -> RowSparse:
+        """That of a `Listed` or `LaterUpdate`, made when its indices or rows are asked for.
 
-        Within one compiled step they may never be: `se.lazy` then sums them a few at a time.
+        Within one compiled step they may never be: gradients are then summed, and updates added to
+        their table, a few at a time.
         """
         out = cls.__new__(cls)
-        out.shape, out.coalesced, out._seal, out._listed = listed.shape, True, SEAL, listed
+        out.shape, out.coalesced, out._seal, out._source = source.shape, True, SEAL, source
         return out
 
     def __getattr__(self, name: str) -> Any:  # asked for an attribute that is not there
-        if name in ("indices", "rows") and self._listed is not None:
-            return getattr(self._listed.coalesced(), name)
+        if name in ("indices", "rows") and self._source is not None:
+            return getattr(self._source.coalesced(), name)
         raise AttributeError(f"RowSparse has no attribute {name!r}")
 
     def tree_flatten_with_keys(self):
         keys = map(jax.tree_util.GetAttrKey, ("indices", "rows", "seal"))
-        made = self if self._listed is None else self._listed.coalesced()
+        made = self if self._source is None else self._source.coalesced()
         leaves = (made.indices, made.rows, self._seal)
         return tuple(zip(keys, leaves, strict=True)), (self.shape, self.coalesced)
 
@@ -125,7 +126,7 @@ class RowSparse:
 
     num_rows = property(lambda self: self.shape[0], doc="Rows of the table.")
     ndim = property(lambda self: len(self.shape), doc="Dimensions of the table.")
-    dtype = property(lambda self: (self._listed or self.rows).dtype, doc="dtype of the rows.")
+    dtype = property(lambda self: (self._source or self.rows).dtype, doc="dtype of the rows.")
 
     def todense(self) -> Array:
         """The dense array, `shape`; repeats are summed in at least float32."""
@@ -143,6 +144,8 @@ class RowSparse:
                     "table + row_sparse with the table that the gradient was taken of",
                 )
             )
+        if self._source is not None:
+            return self._source.added_to(table)
         grad = summed(self, "table + row_sparse")
         return add_rows(table, grad.indices, grad.rows)
 
@@ -208,7 +211,7 @@ def verified(grad: RowSparse, caller: str) -> RowSparse:
     Raises:
       TypeError, ValueError: a stock transform changed the indices.
     """
-    if grad._listed is not None:  # nobody has had it in hands yet
+    if grad._source is not None:  # nobody has had it in hands yet
         return grad
     indices, rows = unharmed(grad.indices, grad.rows, grad._seal, caller)
     if indices is grad.indices:
@@ -227,7 +230,7 @@ def summed(grad: RowSparse, caller: str) -> RowSparse:
 def unsummed(grad: RowSparse, caller: str) -> Any:
     """`grad` verified; or, where nobody has asked for its rows yet, the `Listed` it is made of."""
     grad = verified(grad, caller)
-    return grad if grad._listed is None else grad._listed
+    return grad if grad._source is None else grad._source.unsummed()
 
 
 def sum_repeats(grad: RowSparse, size: int) -> tuple[RowSparse, Slots]:

@@ -55,12 +55,13 @@ class Listing(OnRows):
         return outs
 
 
-def needed(jaxpr: Any, wanted: Sequence[Any]) -> list[bool]:
-    """The equations of an open jaxpr on which the wanted values depend."""
+def needed(jaxpr: Any, wanted: Sequence[Any], stop: Sequence[Any] = ()) -> list[bool]:
+    """The equations of an open jaxpr on which the wanted values depend, those at `stop` given."""
     found, only = {v for v in wanted if not isinstance(v, Literal)}, [False] * len(jaxpr.eqns)
+    given = set(stop)
     for number in reversed(range(len(jaxpr.eqns))):
         eqn = jaxpr.eqns[number]
-        if any(v in found for v in eqn.outvars):
+        if any(v in found and v not in given for v in eqn.outvars):
             only[number] = True
             found.update(v for v in eqn.invars if not isinstance(v, Literal))
     return only

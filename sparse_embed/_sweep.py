@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from sparse_embed._each_block import Block, blocks, each_block
 from sparse_embed._first_seen import first_seen
@@ -33,23 +34,36 @@ class Sweep:
     Attributes:
       count: `[]` int32, how many distinct rows there are.
       num_rows: rows of the table.
+      shape: of the table.
+      ascending: whether the rows are gone through in ascending order.
+      length: the most distinct rows that there can be.
       indices: the distinct rows in the order of the sweep, then padding.
     """
 
     def __init__(self, grad: Listed | RowSparse, ascending: bool = False):
-        self.grad, self.num_rows = grad, grad.num_rows
+        self.grad, self.num_rows, self.shape = grad, grad.num_rows, grad.shape
+        self.ascending = True
+        self.length = min(grad.indices.size, grad.num_rows)
         if isinstance(grad, RowSparse):
             self.indices = grad.indices
             self.count = jnp.sum(grad.indices < self.num_rows, dtype=jnp.int32)
             return
         n = grad.indices.size
-        sort = ascending or not n or grad.indices.dtype != jnp.int32
-        slots = distinct if sort else first_seen
+        self.ascending = ascending or not n or grad.indices.dtype != jnp.int32
+        slots = distinct if self.ascending else first_seen
         self.slot, indices, self.count = slots(grad.indices, self.num_rows, n)
         row_bytes = grad.dtype.itemsize * prod(grad.shape[1:])
         self.window = tuning.window_rows(n, row_bytes)
         beyond = self.num_rows + n + jnp.arange(self.window, dtype=indices.dtype)
         self.indices = jnp.concatenate([indices, beyond])
+
+    def listed(self) -> Array:
+        """`[length]`: the distinct rows in the order of the sweep, then padding."""
+        return self.indices[: self.length]
+
+    def room(self, dtype: DTypeLike) -> Array:
+        """`[length, *features]` zeros."""
+        return jnp.zeros((self.length, *self.shape[1:]), dtype)
 
     def each(self, body: Callable[[Block, Any], Any], carry: Any) -> Any:
         """`carry` after `body(block, carry)` for every block."""

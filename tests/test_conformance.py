@@ -86,8 +86,11 @@ def lazy_steps(tx: Any, params: Any, leaves: tuple[str, ...], extra: Any) -> Any
 IN_BLOCKS = {"rtol": 2e-5, "atol": 2e-6}
 
 
-def in_blocks(tx: Any, subject: Any, extra: Any) -> Any:
-    """Params and state after all batches by `tx.apply`, two rows at a time, repeats not summed."""
+def in_blocks(tx: Any, subject: Any, extra: Any, apply: bool) -> Any:
+    """Params and state after all batches, two rows at a time, repeats not summed.
+
+    By `tx.apply`, or by `tx.update` and `optax.apply_updates`.
+    """
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def step(params, state, batch, extra):
@@ -97,7 +100,10 @@ def in_blocks(tx: Any, subject: Any, extra: Any) -> Any:
             else g
             for name, g in batch.items()
         }
-        return tx.apply(grads, state, params, **extra)
+        if apply:
+            return tx.apply(grads, state, params, **extra)
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
 
     params = new_params(subject.leaves)
     state = tx.init(params)
@@ -123,7 +129,9 @@ def test_steps_are_those_of_dense_optax(subject):
     assert_same((new, state.inner_state), wanted, subject.label)
     assert differ(whole, masked) == (subject.verdict == "lazy"), "lazy, or exact?"
 
-    assert_same(in_blocks(tx, subject, extra), (new, state), "in blocks", **IN_BLOCKS)
+    for apply in (True, False):
+        found = in_blocks(tx, subject, extra, apply)
+        assert_same(found, (new, state), "in blocks", **IN_BLOCKS)
 
     assert_same(pickle.loads(pickle.dumps(state)), state, "pickled", rtol=0)
     leaves, treedef = jax.tree.flatten(state)

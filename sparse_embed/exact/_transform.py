@@ -171,7 +171,7 @@ class Exact(abc.ABC):
     def update(self, grads: Any, state: ExactState, params: Any = None, **extra: Any) -> Any:
         check_state("tx.update(grads, opt_state, params)", state)
         old = LazyState(state.inner_state, {})
-        updates, new = lazy(self.inner).update(grads, old, params, **extra)
+        updates, new = lazy(self.inner).listed_update(grads, old, params, **extra)
         leaves, treedef = _flat(updates)
         clocks = treedef.flatten_up_to(state.clocks)
         shapes = [jax.ShapeDtypeStruct(jnp.shape(u), jnp.result_type(u)) for u in leaves]

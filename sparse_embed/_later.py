@@ -1,0 +1,129 @@
+"""Updates of a table that are computed when they are asked for.
+
+The usual step adds the updates to the table and forgets them. So they need not be listed: by the
+time they are added, each row's update is computed from its gradient and its new state, a block at a
+time. That is how optax writes nearly all optimizers: first the new state, then the update of it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_embed._block_program import BlockProgram
+from sparse_embed._each_block import add_rows
+from sparse_embed._jaxpr import Literal, trace_state
+from sparse_embed._row_pass import row_pass
+from sparse_embed._row_sparse import RowSparse
+from sparse_embed._staged import Path, needed
+from sparse_embed._sweep import Sweep
+from sparse_embed._tuning import in_blocks
+
+Found = tuple[Sweep, Array] | tuple[None, None]  # a list of updates: of which rows, and they
+
+
+def can_wait(work: BlockProgram, k: int, reductions: Iterable[Path]) -> bool:
+    """Whether the updates of table `k` follow from its gradient and the new state of its rows."""
+    jaxpr, first = work.jaxpr, work.first
+    new = [jaxpr.outvars[first + i] for i in _new(work, k)]
+    old = [jaxpr.invars[first + i] for i in (*work.changed(k), *work.counts.get(k, {}))]
+    if _meets(jaxpr, [jaxpr.outvars[k]], new, old):
+        return False
+    # What is known of untouched rows, which reductions ask for, is not known of the new state.
+    reducing = {path[0] for path in reductions}
+    return not any(_meets(jaxpr, e.invars, new, new) for e in jaxpr.eqns if id(e) in reducing)
+
+
+def _new(work: BlockProgram, k: int) -> list[int]:
+    """The state leaves from which the updates are computed, as their new values are kept."""
+    outs = work.jaxpr.outvars[work.first :]
+    dtypes = [jnp.result_type(x) for x in work.state]
+    changed = [*work.changed(k), *work.counts.get(k, {})]
+    return [i for i in changed if not _literal(outs[i]) and outs[i].aval.dtype == dtypes[i]]
+
+
+def _meets(jaxpr: Any, wanted: Sequence[Any], stop: Sequence[Any], met: Sequence[Any]) -> bool:
+    """Whether what is wanted depends on variables in `met`, by ways that end at `stop`."""
+    only = needed(jaxpr, wanted, stop)
+    used = [v for eqn, runs in zip(jaxpr.eqns, only, strict=True) if runs for v in eqn.invars]
+    return any(v in met for v in (*wanted, *used) if not _literal(v))
+
+
+def _literal(v: Any) -> bool:
+    return isinstance(v, Literal)
+
+
+class LaterUpdate:
+    """The updates of one table, none of which is computed yet: what a `RowSparse` is made of.
+
+    Args:
+      work: the update.
+      sweep: the touched rows of the table.
+      k: the table.
+      state: leaves of the new state.
+      counts: the new per-row counts.
+
+    Attributes:
+      shape: of the table.
+      dtype: of the updates.
+    """
+
+    def __init__(
+        self,
+        work: BlockProgram,
+        sweep: Sweep,
+        k: int,
+        state: Sequence[Any],
+        counts: dict[str, list[Array]],
+    ):
+        self._work, self._sweep, self._k = work, sweep, k
+        held = work.held(k)
+        held["state"] = {i: state[i] for i in held["state"]}
+        held["counts"] = {name: counts[name][k] for name in held["counts"]}
+        self._held = held
+        self._found: tuple[Any, Found] = None, (None, None)
+        self.shape, self.dtype = sweep.shape, work.jaxpr.outvars[k].aval.dtype
+
+    def coalesced(self) -> RowSparse:
+        """The updates, listed."""
+        sweep, rows = self._listed()
+        if sweep is None or rows is None:
+            sweep = self._work.sweep(self._k, ascending=True)
+            rows = self._pass(sweep, {})["updates"][self._k]
+            self._found = trace_state(), (sweep, rows)
+        indices = sweep.listed()
+        if not sweep.ascending:
+            order = jnp.argsort(indices)
+            indices, rows = indices[order], rows[order]
+        return RowSparse._make(indices, rows, self.shape, True)
+
+    def unsummed(self) -> RowSparse:
+        return self.coalesced()
+
+    def added_to(self, table: Array) -> Array:
+        """`table` with the updates added."""
+        _, rows = self._listed()
+        arrays = table, *(x for part in self._held.values() for x in part.values())
+        if rows is not None or not in_blocks(self._sweep.grad.indices, *arrays):
+            listed = self.coalesced()
+            return add_rows(table, listed.indices, listed.rows)
+        written = self._pass(self._sweep, {self._k: table})
+        # Nobody may ever ask for this list: the compiler leaves it out then.
+        self._found = trace_state(), (self._sweep, written["updates"][self._k])
+        return written["added"][self._k]
+
+    def _pass(self, sweep: Sweep, added: dict[int, Array]) -> dict[str, Any]:
+        k = self._k
+        written = {
+            "state": {},
+            "counts": {},
+            "added": added,
+            "updates": {k: sweep.room(self.dtype)},
+        }
+        return row_pass(self._work, sweep, k, self._held, written, _new(self._work, k))
+
+    def _listed(self) -> Found:
+        """What has been listed, if by the function that is traced now."""
+        state, found = self._found
+        return found if state is not None and state == trace_state() else (None, None)

@@ -65,10 +65,10 @@ class OnRows:
 
     def run(
         self,
-        program: Any,
+        program: tuple[Any, Sequence[Any]],
         args: Sequence[Any],
         only: Sequence[bool] | None = None,
-        made: Any = None,
+        made: dict[Any, Any] | None = None,
     ) -> list[Any]:
         """Runs `(jaxpr, consts)`; each value is an array, `Rows`, `PerRow` or `Refused`.
 
@@ -191,7 +191,8 @@ class OnRows:
         if len(tables) > 1 or name not in ELEMENTWISE:
             return self._refuse(eqn, tables, "needs one count for all rows")
         if ndim == 0:
-            return [PerRow(b, table) for b in bind(eqn, [_full(v, n) for v in spread])]
+            spread = [jnp.broadcast_to(v, (n,)) for v in spread]
+            return [PerRow(b, table) for b in bind(eqn, spread)]
         if eqn.outvars[0].aval.shape[0] != self.heights[table]:
             return self._refuse(eqn, tables, "needs one count for all rows")
         shape = (n, *eqn.outvars[0].aval.shape[1:])
@@ -245,7 +246,3 @@ class OnRows:
         where = f"{transform_name(written)} {why}"
         reason = f"`{eqn.primitive.name}` in {where} ({source_line(written)})"
         return [Refused(reason, tables)] * len(eqn.outvars)
-
-
-def _full(value: Any, n: int) -> Array:
-    return jnp.broadcast_to(value, (n,))

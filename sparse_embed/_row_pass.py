@@ -38,6 +38,8 @@ def row_pass(
     wanted = [first + i for i in written["state"]]
     wanted += [first + i for i, name in counts.items() if name in written["counts"]]
     wanted += [k] if written["added"] or written["updates"] else []
+    if not wanted:
+        return written
     stop = [jaxpr.outvars[first + i] for i in made]
     only = needed(jaxpr, [jaxpr.outvars[j] for j in wanted], stop)
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_embed._pages import ask_for_huge_pages
+
 Signature = tuple[Any, ...]
 
 
@@ -47,9 +49,10 @@ class ScratchStep:
             return self.plain(params, opt_state, *args)
         signature = _signature((params, opt_state, args))
         if signature not in self._to_keep:
-            one_device = len({d for x in given if isinstance(x, Array) for d in x.devices()}) == 1
+            ask_for_huge_pages((params, opt_state))
+            devices = {d for x in given if isinstance(x, Array) for d in x.devices()}
             _, made = self._step.eval_shape(params, opt_state, *args)
-            self._to_keep[signature] = made if one_device else []
+            self._to_keep[signature] = made if len(devices) <= 1 else []
         if not self._to_keep[signature]:
             return self.plain(params, opt_state, *args)
         kept = self._take(signature)

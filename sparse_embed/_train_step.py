@@ -12,7 +12,6 @@ from sparse_embed._differentiate import value_and_listed
 from sparse_embed._errors import describe, message
 from sparse_embed._grad import gradients
 from sparse_embed._lazy_state import LazyState
-from sparse_embed._pages import ask_for_huge_pages
 from sparse_embed._row_sparse import is_row_sparse
 from sparse_embed._scratch import ScratchStep
 from sparse_embed._settled import settled
@@ -25,13 +24,9 @@ class TrainStep:
 
     def __init__(self, step: Callable[..., Any]):
         self._step = ScratchStep(step)
-        self._new = True
 
     def __call__(self, params: Any, opt_state: Any, *args: Any) -> Any:
         _check_buffers(params, opt_state)
-        if self._new:
-            ask_for_huge_pages((params, opt_state))
-            self._new = False
         return self._step(params, opt_state, *args)
 
     def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:

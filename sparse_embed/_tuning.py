@@ -27,7 +27,7 @@ class Tuning:
         `train_step` to the next if they take no less than this. To get memory anew costs more than
         to fill it.
       huge_pages: whether Linux is asked for huge pages under tables and their optimizer's state, at
-        `init` and in the first step of a `train_step`. Not asked where the system never gives any.
+        `init` and in the first step of a `train_step`. It is not where the system gives none.
 
     Example:
       >>> import sparse_embed as se

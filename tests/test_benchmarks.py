@@ -112,6 +112,18 @@ def test_gpu(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "full.json").exists()
 
 
+def test_pages(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    pages = importlib.import_module("pages")
+    out, before = tmp_path / "out.json", vars(pages.se.tuning).copy()
+    pages.main(["--tiny", "--json", str(out)])
+    assert capsys.readouterr().out == out.with_suffix(".md").read_text()
+    found = json.loads(out.read_text())["tables"]
+    assert len(found["kept"]) == 2 * len(pages.MODELS) and len(found["huge"]) == 8
+    assert all(row["ms (median)"] > 0 for rows in found.values() for row in rows)
+    assert vars(pages.se.tuning) == before
+
+
 @pytest.fixture
 def peers(monkeypatch):
     """The module `benchmarks/peers.py`."""

@@ -155,8 +155,8 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 LEVELS = [
     {"_errors", "_segments", "_jaxpr", "_blocks", "_hlo", "_report", "_tuning", "exact._ledger"},
     {"_params_ema", "_rowwise_adagrad", "_ids", "_rowwise", "_reads", "_live", "_layout"}
-    | {"_pages", "_scratch", "_seal", "_first_seen", "_each_block", "_reductions", "exact._rest"},
-    {"_row_sparse", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"}
+    | {"_pages", "_seal", "_first_seen", "_each_block", "_reductions", "exact._rest"},
+    {"_row_sparse", "_scratch", "_lookup", "_renorm", "_bag_reduce", "_plan", "_delayed", "_idle"}
     | {"exact._momentum", "exact._adaptive", "exact._state"},
     {"_coalesce", "_listed", "_bag", "_tags", "_replay", "_on_rows"}
     | {"exact._table", "exact._checks"},

@@ -3,7 +3,7 @@
     make bench                                      # installs the peers in .venv-peers first
     python benchmarks/peers.py                      # about eight minutes, 12 GB of memory
     python benchmarks/peers.py --quick              # about a minute
-    python benchmarks/peers.py --only pooled        # pooled, unpooled, rows, ids, width, memory
+    python benchmarks/peers.py --only pooled        # memory, pooled, unpooled, rows, ids, width
     python benchmarks/peers.py --json OUT.json      # where to write; OUT.md, OUT-rows.svg beside it
     python benchmarks/peers.py --peers-python PATH  # a Python with torch 2.13 and FBGEMM 1.8
 
@@ -202,7 +202,8 @@ def _about(sizes: Sizes, batches: Sequence[jax.Array]) -> tuple[str, int]:
 
 
 TABLES: dict[str, Callable[[Sizes, Others], Tables]] = {
-    f.__name__: f for f in (pooled, unpooled, rows, ids, width, memory)
+    f.__name__: f  # memory first: it shows as long as malloc has nothing left over from others
+    for f in (memory, pooled, unpooled, rows, ids, width)
 }
 FIGURES = {  # table -> its column, what stands at the axis
     "rows": ("V", "rows of the table"),

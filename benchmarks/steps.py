@@ -1,6 +1,6 @@
 """Times training steps: against the height of the table, and against other ways to write them.
 
-    python benchmarks/steps.py                    # about ten minutes, 8 GB of memory
+    python benchmarks/steps.py                    # about two minutes, 8 GB of memory
     python benchmarks/steps.py --quick            # about a minute
     python benchmarks/steps.py --only flat        # flat, pooled, tall or phases
     python benchmarks/steps.py --json OUT.json    # where to write; OUT.md goes beside it
@@ -16,13 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import optax
+import numpy as np
 from _inputs import BATCHES, SEED, arrays, dense_leaf, distinct, hot, rotated, uniform, zipf
 from _measure import Way, in_turns, machine, markdown, memory, ratio, times
 from _report import RESULTS, command_line, heading, write
 from _ways import OPTIMIZERS, by_hand_adam, dense, folded_sgd, loss_fn, ours, ref_sgd, refs_work
 
-import sparse_embed as se
+from sparse_embed._differentiate import value_and_listed
+from sparse_embed._listed import Listed, Part
+from sparse_embed._sweep import Sweep
 
 Tables = dict[str, list[dict[str, Any]]]  # what was measured -> rows
 Kind = tuple[str, str]  # optimizer, way
@@ -101,19 +103,23 @@ def tall(sizes: Sizes) -> Tables:
 
 
 def phases(sizes: Sizes) -> Tables:
-    """Where the time of our step goes, its memory and its compilation."""
-    optimizer, batches = "adamw + clip", zipf(sizes.pooled[0], sizes.bags, 1.1)
+    """Where the time of our step goes, its memory and its compilation.
+
+    Each part is compiled by itself and finds what it needs laid out. The update is what is left.
+    """
+    optimizer, batches = "adam", zipf(sizes.pooled[0], sizes.bags, 1.1)
     shared, w = arrays(*sizes.pooled), dense_leaf(sizes.pooled[1])
     steps = {"sparse_embed": ours(optimizer), "dense optax": dense(optimizer)}
     ways = {name: Way(name, *step, shared, w) for name, step in steps.items()}
     compiled = [compilation(name, way, batches[0]) for name, way in ways.items()]
-    parts = Parts(ways["sparse_embed"], se.lazy(OPTIMIZERS[optimizer]))
+    parts = Parts(ways["sparse_embed"])
     turns = [batches, rotated(batches, 1)]
-    whole, _ = in_turns([ways["sparse_embed"], parts], turns, sizes.rounds)
-    timed = {"whole step": whole} | parts.seconds
+    whole, _ = in_turns([ways["sparse_embed"], parts], turns, sizes.rounds, timed=4, warm=2)
+    rest = np.median(whole) - sum(np.median(mine) for mine in parts.seconds.values())
+    timed = {"whole step": whole} | parts.seconds | {"rows updated": [max(rest, 0.0)]}
     about = f"`[{sizes.pooled[0]:,}, {sizes.pooled[1]}]`, {optimizer}, {_bags(sizes)}"
     return {
-        f"{about}; each part compiled by itself": [
+        f"{about}; parts": [
             {"part": part} | times(mine) | {"of the whole": ratio(mine, whole)}
             for part, mine in timed.items()
         ],
@@ -159,23 +165,40 @@ def against(
 
 
 class Parts:
-    """Our step in three parts, on the state of a `Way`."""
+    """The parts of our step before the update, on the state of a `Way`."""
 
-    def __init__(self, way: Way, tx: optax.GradientTransformation):
+    def __init__(self, way: Way):
         self.way = way
+        listing = value_and_listed(loss_fn, 0, False)
+        table = way.state()[0]["table"]
+
+        def listed(part: Part) -> Listed:
+            return Listed([part], table.shape, table.dtype)
+
+        def read(params: dict, ids: jax.Array) -> tuple:
+            value, grads, _ = listing(params, ids)
+            (part,) = grads["table"].parts
+            return value, grads["w"], part
+
+        def slots(part: Part) -> tuple:
+            sweep = Sweep(listed(part))
+            return sweep.slot, sweep.indices, sweep.count
+
+        def sums(part: Part, slot: jax.Array) -> jax.Array:
+            return listed(part).sums(slot, 0, Sweep(listed(part)).window)
+
         self.compiled = {
-            "se.value_and_grad": jax.jit(se.value_and_grad(loss_fn)),
-            "tx.update": jax.jit(tx.update, donate_argnums=1),
-            "optax.apply_updates": jax.jit(optax.apply_updates, donate_argnums=0),
+            "rows read and added up, loss, gradients": jax.jit(read),
+            "ids told apart": jax.jit(slots),
+            "repeats summed": jax.jit(sums),
         }
         self.seconds: dict[str, list[float]] = {name: [] for name in self.compiled}
 
     def run(self, ids: jax.Array) -> float:
-        params, opt_state = self.way.state()
-        _, grads = self._timed("se.value_and_grad", params, ids)
-        updates, opt_state = self._timed("tx.update", grads, opt_state, params)
-        params = self._timed("optax.apply_updates", params, updates)
-        self.way.keep((params, opt_state))
+        read, slots, sums = self.compiled
+        *_, part = self._timed(read, self.way.state()[0], ids)
+        slot, *_ = self._timed(slots, part)
+        self._timed(sums, part, slot)
         return sum(mine[-1] for mine in self.seconds.values())
 
     def _timed(self, name: str, *args: Any) -> Any:

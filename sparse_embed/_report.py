@@ -62,7 +62,10 @@ class AuditReport:
         return not self.operations and all(a.status != "copied" for a in self.arrays)
 
     def __str__(self) -> str:
-        lines = [f"row-sparse: {'yes' if self.ok else 'NO'}; temporaries {self.temp_bytes:,} bytes"]
+        verdict = "yes" if self.ok else "NO"
+        if self.skipped and not self.arrays:
+            verdict = "cannot be told"
+        lines = [f"row-sparse: {verdict}; temporaries {self.temp_bytes:,} bytes"]
         for a in self.arrays:
             reason = f": {a.reason}" if a.reason else ""
             lines.append(f"  {a.status:9} {a.name} {a.array}{reason}")

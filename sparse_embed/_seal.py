@@ -38,7 +38,11 @@ def unharmed(indices: Array, rows: Array, seal: Any, caller: str) -> tuple[Array
                 "g.indices.reshape(-1), g.rows.reshape(-1, *g.shape[1:]), g.shape)",
             )
         )
-    advice = "se.lazy(chain) around the whole optax chain: tx = se.lazy(optax.adam(1e-3))"
+    advice = (
+        "se.lazy(chain) around the whole optax chain: tx = se.lazy(optax.adam(1e-3)); to add two "
+        "gradients: a + b for each table, jax.tree.map(..., is_leaf=lambda x: isinstance(x, "
+        "se.RowSparse)); for a norm: se.global_norm"
+    )
     wrote = f"{caller}: a transform mapped over the leaves of a RowSparse changed its indices."
     if not all(jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in (seal, indices)):
         raise TypeError(message(wrote, f"indices {describe(indices)}", advice))

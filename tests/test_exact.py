@@ -627,3 +627,15 @@ def test_sums_of_a_long_run_stay_accurate():
     np.testing.assert_allclose(found.drift, drift, 1e-5)
     heads = (now[0] - then[0, 0], now[2] - then[0, 2])  # without the second floats
     assert abs(np.expm1(heads[0]) / ((1 - shrunk) ** 3 - 1) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("make", [se.exact.adam, se.exact.adamw, se.exact.adamax, se.exact.yogi])
+def test_a_float32_table_where_jax_has_64_bits(make):
+    """Terms are summed in the table's dtype; steps 2 and 3 make up what row 1 missed."""
+    with jax.enable_x64(True):
+        params, tx = {"table": jnp.ones((30, 2), jnp.float32)}, make(1e-2)
+        step = se.train_step(lambda p, ids: (p["table"][ids] ** 2).mean(), tx)
+        state = tx.init(params)
+        for ids in ([1, 5], [2, 5], [1, 2]):
+            params, state, _ = step(params, state, jnp.array(ids))
+        assert params["table"].dtype == jnp.float32 and not jnp.isnan(params["table"]).any()

@@ -99,7 +99,8 @@ def _sum(
         made = before.step.reshape(column)
         term = rest.term(moments, jnp.asarray(j, ledger.dtype), made)
         scale = (eta * jnp.exp(-log_decay)).reshape(column)
-        return total + jnp.where((j <= n).reshape(column), scale * term, 0), log_decay
+        summand = jnp.where((j <= n).reshape(column), scale * term, 0)
+        return total + summand.astype(total.dtype), log_decay  # wider where jax has 64 bits
 
     start = jnp.zeros_like(like), jnp.zeros(n.shape, ledger.dtype)
     return jax.lax.fori_loop(1, last + 1, step, start)[0]

@@ -70,7 +70,7 @@ def ids_of(treedef: Any, ids: Any) -> list[Any]:
     except (TypeError, ValueError):
         raise ValueError(
             message(
-                "tx.settle(params, opt_state, ids): ids is no tree like params.",
+                "tx.settle or tx.view(params, opt_state, ids): ids is no tree like params.",
                 f"{jax.tree.structure(ids)} where {treedef} belongs",
                 "tx.settle(params, opt_state, se.touched(loss_fn)(params, batch))",
             )

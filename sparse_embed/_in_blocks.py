@@ -18,6 +18,7 @@ from sparse_embed._row_pass import row_pass
 from sparse_embed._row_sparse import RowSparse
 from sparse_embed._staged import Path, Reached, needed
 from sparse_embed._sweep import Sweep
+from sparse_embed._tuning import in_blocks
 from sparse_embed._update import as_array
 
 APPLY, LIST, LATER = "apply", "list", "later"  # what is made of updates
@@ -39,9 +40,11 @@ def run_in_blocks(
       For tables the new leaves of the parameters, or updates as `RowSparse`, and for other leaves
       updates; the new leaves of the state; the new row counts.
     """
-    waiting = {k for k in work.job.tables if how == LATER and can_wait(work, k, reductions)}
-    listed = {k for k in work.job.tables if how != APPLY} - waiting
-    sweeps = {k: work.sweep(k, ascending=k in listed) for k in work.job.tables}
+    tables = work.job.tables
+    long = (k for k, g in tables.items() if how == LATER and in_blocks(g.indices))
+    waiting = {k for k in long if can_wait(work, k, reductions)}
+    listed = {k for k in tables if how != APPLY} - waiting
+    sweeps = {k: work.sweep(k, ascending=k in listed) for k in tables}
     for path, reduction in reductions.items():
         work.known[path] = _reduced(work, sweeps[reduction.table], path, reduction)
     updates, new_state = _shared(work)

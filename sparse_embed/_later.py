@@ -20,16 +20,19 @@ from sparse_embed._staged import Path, needed
 from sparse_embed._sweep import Sweep
 from sparse_embed._tuning import in_blocks
 
-Found = tuple[Sweep, Array] | tuple[None, None]  # a list of updates: of which rows, and they
-
 
 def can_wait(work: BlockProgram, k: int, reductions: Iterable[Path]) -> bool:
     """Whether the updates of table `k` follow from its gradient and the new state of its rows."""
     jaxpr, first = work.jaxpr, work.first
     new = [jaxpr.outvars[first + i] for i in _new(work, k)]
     old = [jaxpr.invars[first + i] for i in (*work.changed(k), *work.counts.get(k, {}))]
-    if _meets(jaxpr, [jaxpr.outvars[k]], new, old):
+    update = [jaxpr.outvars[k]]
+    if _meets(jaxpr, update, new, old):
         return False
+    if work.params is not None and not _meets(jaxpr, update, new, new):
+        # Nothing would make the state's pass, if it reads the table, come before the table's own.
+        if _meets(jaxpr, new, [], [jaxpr.invars[first + len(work.state) + k]]):
+            return False
     # What is known of untouched rows, which reductions ask for, is not known of the new state.
     reducing = {path[0] for path in reductions}
     return not any(_meets(jaxpr, e.invars, new, new) for e in jaxpr.eqns if id(e) in reducing)
@@ -44,7 +47,10 @@ def _new(work: BlockProgram, k: int) -> list[int]:
 
 
 def _meets(jaxpr: Any, wanted: Sequence[Any], stop: Sequence[Any], met: Sequence[Any]) -> bool:
-    """Whether what is wanted depends on variables in `met`, by ways that end at `stop`."""
+    """Whether what is wanted depends on variables in `met`, by ways that end at `stop`.
+
+    A variable may be in both: then the question is whether a way ends at it.
+    """
     only = needed(jaxpr, wanted, stop)
     used = [v for eqn, runs in zip(jaxpr.eqns, only, strict=True) if runs for v in eqn.invars]
     return any(v in met for v in (*wanted, *used) if not _literal(v))
@@ -55,7 +61,10 @@ def _literal(v: Any) -> bool:
 
 
 class LaterUpdate:
-    """The updates of one table, none of which is computed yet: what a `RowSparse` is made of.
+    """The updates of one table, none of which is computed yet: a source of a `RowSparse`.
+
+    It reads the new state when it is asked. If something else writes to that state before, XLA
+    keeps a copy of it.
 
     Args:
       work: the update.
@@ -82,16 +91,17 @@ class LaterUpdate:
         held["state"] = {i: state[i] for i in held["state"]}
         held["counts"] = {name: counts[name][k] for name in held["counts"]}
         self._held = held
-        self._found: tuple[Any, Found] = None, (None, None)
+        self._home = trace_state()
+        self._list: tuple[Sweep, Array] | None = None  # of which rows, and the updates
         self.shape, self.dtype = sweep.shape, work.jaxpr.outvars[k].aval.dtype
 
     def coalesced(self) -> RowSparse:
         """The updates, listed."""
-        sweep, rows = self._listed()
-        if sweep is None or rows is None:
+        if not (self._at_home() and self._list):
             sweep = self._work.sweep(self._k, ascending=True)
-            rows = self._pass(sweep, {})["updates"][self._k]
-            self._found = trace_state(), (sweep, rows)
+            self._keep(sweep, rows := self._pass(sweep, {})["updates"][self._k])
+        else:
+            sweep, rows = self._list
         indices = sweep.listed()
         if not sweep.ascending:
             order = jnp.argsort(indices)
@@ -99,18 +109,19 @@ class LaterUpdate:
         return RowSparse._make(indices, rows, self.shape, True)
 
     def unsummed(self) -> RowSparse:
+        """As `Listed.unsummed`: the updates of a row are one to begin with."""
         return self.coalesced()
 
     def added_to(self, table: Array) -> Array:
         """`table` with the updates added."""
-        _, rows = self._listed()
         arrays = table, *(x for part in self._held.values() for x in part.values())
-        if rows is not None or not in_blocks(self._sweep.grad.indices, *arrays):
+        is_listed = self._at_home() and self._list
+        if is_listed or not in_blocks(self._sweep.grad.indices, *arrays):
             listed = self.coalesced()
             return add_rows(table, listed.indices, listed.rows)
         written = self._pass(self._sweep, {self._k: table})
         # Nobody may ever ask for this list: the compiler leaves it out then.
-        self._found = trace_state(), (self._sweep, written["updates"][self._k])
+        self._keep(self._sweep, written["updates"][self._k])
         return written["added"][self._k]
 
     def _pass(self, sweep: Sweep, added: dict[int, Array]) -> dict[str, Any]:
@@ -123,7 +134,10 @@ class LaterUpdate:
         }
         return row_pass(self._work, sweep, k, self._held, written, _new(self._work, k))
 
-    def _listed(self) -> Found:
-        """What has been listed, if by the function that is traced now."""
-        state, found = self._found
-        return found if state is not None and state == trace_state() else (None, None)
+    def _keep(self, sweep: Sweep, rows: Array) -> None:
+        if self._at_home():
+            self._list = sweep, rows
+
+    def _at_home(self) -> bool:
+        """Whether the function that is traced now made the update: what others list is theirs."""
+        return self._home == trace_state()

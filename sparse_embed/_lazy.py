@@ -31,7 +31,12 @@ class LazyTransformation(optax.GradientTransformationExtraArgs):
 
     `apply(grads, opt_state, params, **extra) -> (params, opt_state)` does what `update` and
     `optax.apply_updates` do, a few rows at a time, so that the updates of a table are never laid
-    out. `se.train_step` calls it. `listed_update` is `update` for those who look at each row.
+    out. `se.train_step` calls it.
+
+    On CPUs, inside `jit`, `update` computes the updates of a table when they are added to it, or
+    looked at, from the new state. So do either before anything else changes that state in the same
+    function (resetting moments, a second update), or XLA copies it; or call
+    `listed_update(grads, opt_state, params)`, which computes them at once.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -138,7 +143,12 @@ def lazy(
         job, leaves = prepared(updates, state, params)
         given = None if params is None else jax.tree.leaves(params)
         found, reductions = None, None
-        arrays = [*job.arrays(), *leaves, *(given or []), *jax.tree.leaves(state.row_counts)]
+        arrays = [
+            *job.arrays(),
+            *leaves,
+            *(given or []),
+            *jax.tree.leaves((state.row_counts, extra)),
+        ]
         if any(in_blocks(g.indices, *arrays) for g in job.tables.values()):
             work = BlockProgram(job, leaves, given, state.row_counts, extra)
             reductions = work.reductions()

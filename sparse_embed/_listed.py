@@ -80,6 +80,7 @@ class Listed:
         return RowSparse._make(slots.indices, rows, self.shape, True)
 
     def unsummed(self) -> "Listed":
+        """What lists the same and may repeat rows."""
         return self
 
     def added_to(self, table: Array) -> Array:

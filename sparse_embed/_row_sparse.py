@@ -98,7 +98,10 @@ class RowSparse:
 
     @classmethod
     def _later(cls, source: Any) -> RowSparse:
-        """That of a `Listed` or `LaterUpdate`, made when its indices or rows are asked for.
+        """That of a source, made when its indices or rows are asked for.
+
+        Sources are `Listed` and `LaterUpdate`: `shape`, `dtype`, `coalesced()` makes the
+        `RowSparse`, `unsummed()` what has the same sums, `added_to(table)` the table with it.
 
         Within one compiled step they may never be: gradients are then summed, and updates added to
         their table, a few at a time.
@@ -211,7 +214,7 @@ def verified(grad: RowSparse, caller: str) -> RowSparse:
     Raises:
       TypeError, ValueError: a stock transform changed the indices.
     """
-    if grad._source is not None:  # nobody has had it in hands yet
+    if grad._source is not None:  # it has no leaves yet that a transform could change
         return grad
     indices, rows = unharmed(grad.indices, grad.rows, grad._seal, caller)
     if indices is grad.indices:
@@ -228,7 +231,7 @@ def summed(grad: RowSparse, caller: str) -> RowSparse:
 
 
 def unsummed(grad: RowSparse, caller: str) -> Any:
-    """`grad` verified; or, where nobody has asked for its rows yet, the `Listed` it is made of."""
+    """`grad` verified; or, where its repeats are not summed yet, the `Listed` it is made of."""
     grad = verified(grad, caller)
     return grad if grad._source is None else grad._source.unsummed()
 

@@ -30,7 +30,7 @@ class TrainStep:
         return self._step(params, opt_state, *args)
 
     def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:
-        """As of `jax.jit(step, donate_argnums=(0, 1))`."""
+        """As of `jax.jit(step, donate_argnums=(0, 1))`, without memory that calls keep on CPUs."""
         return self._step.plain.lower(params, opt_state, *args)
 
 

@@ -28,6 +28,11 @@ def setup(seed: int = 0):
     return params, batches
 
 
+def kept_by(step) -> list[jax.Array]:
+    ((_, kept),) = step._step._kept
+    return list(kept)
+
+
 def head(rows: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.mean(jnp.tanh(rows.reshape(-1, F * D) @ w))
 
@@ -95,7 +100,7 @@ def test_nothing_but_memory_is_kept(name, optimizer):
     tx = OPTIMIZERS[optimizer]()
     _, want = trained(LOSSES[name], tx, NEVER)
     step, got = trained(LOSSES[name], tx, 0)
-    assert step._step._kept[1]
+    assert kept_by(step)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -127,7 +132,7 @@ def test_rows_and_gradients_are_laid_out_in_kept_memory():
     with tuned(kept_bytes=size, window_bytes=1):  # sums of repeats take little memory
         step = se.train_step(loss_fn, tx)
         state = step(params, tx.init(params), ids)[:2]
-        kept = step._step._kept[1]
+        kept = kept_by(step)
         assert [x.nbytes for x in kept] == [size, size]  # the rows and their gradients
         memory = step._step._keeping.lower(*state, kept, ids).compile().memory_analysis()
         plain = step.lower(*state, ids).compile().memory_analysis()
@@ -135,14 +140,14 @@ def test_rows_and_gradients_are_laid_out_in_kept_memory():
         with count_compilations() as compiled:
             step(*state, ids)
         assert compiled == []
-        assert [x.unsafe_buffer_pointer() for x in step._step._kept[1]] == where
+        assert [x.unsafe_buffer_pointer() for x in kept_by(step)] == where
     assert memory.alias_size_in_bytes >= plain.alias_size_in_bytes + 2 * size
     assert memory.temp_size_in_bytes <= plain.temp_size_in_bytes - 0.9 * size
 
 
 def test_small_arrays_are_not_kept():
     step, _ = trained(LOSSES["rows"], se.lazy(optax.sgd(0.1)), se.tuning.kept_bytes)
-    assert step._step._kept is None
+    assert not step._step._kept
 
 
 def test_another_shape_takes_the_place_of_the_last():
@@ -151,9 +156,9 @@ def test_another_shape_takes_the_place_of_the_last():
     with tuned(kept_bytes=0):
         step = se.train_step(LOSSES["rows"], tx)
         state = step(params, tx.init(params), batches[0])[:2]
-        long = step._step._kept[1]
+        long = kept_by(step)
         state = step(*state, batches[1][:5])[:2]
-        short = step._step._kept[1]
+        short = kept_by(step)
         assert [x.shape[0] for x in long + short] == [B * F, B * F, 5 * F, 5 * F]
         with count_compilations() as compiled:
             state = step(*state, batches[2])[:2]
@@ -184,7 +189,7 @@ def test_sharded_batches_keep_nothing():
         state = jax.device_put((params, tx.init(params)), everywhere)
         state = step(*state, split)[:2]
         step(*state, split)
-    assert step._step._kept is None
+    assert not step._step._kept
 
 
 def test_inside_another_jit():
@@ -196,3 +201,62 @@ def test_inside_another_jit():
         want = step(params, tx.init(params), batches[0])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda f: jax.eval_shape(f),
+        lambda f: jax.jit(f)(),
+        lambda f: jax.lax.scan(lambda c, _: (c, f()), 0, None, 2),
+    ],
+    ids=["eval_shape", "jit", "scan"],
+)
+def test_arguments_from_outside_of_what_is_traced(trace):
+    params, batches = setup()
+    tx = se.lazy(optax.sgd(0.1))
+    with tuned(kept_bytes=0):
+        step = se.train_step(LOSSES["rows"], tx)
+        state = tx.init(params)
+        trace(lambda: step(params, state, batches[0])[2])
+        step(params, state, batches[0])
+
+
+def test_steps_on_several_devices():
+    """Each is compiled once, and its results lie where its arguments do."""
+    first, second = jax.devices()[:2]
+    params, batches = setup()
+    tx = se.lazy(optax.sgd(0.1))
+
+    def state(device):
+        copied = jax.tree.map(jnp.copy, (params, tx.init(params)))
+        return copied if device is None else jax.device_put(copied, device)
+
+    with tuned(kept_bytes=0):
+        for device in (first, second, None, first):
+            step = se.train_step(LOSSES["rows"], tx)
+            step(*state(second), jax.device_put(batches[0], second))
+            ids = batches[1] if device is None else jax.device_put(batches[1], device)
+            given = state(device)
+            with count_compilations() as compiled:
+                for _ in range(3):
+                    *given, loss = step(*given, ids)
+            assert compiled.count("jit(keeping)") <= 1
+            where = second if device is second else first
+            assert {d for x in jax.tree.leaves(given) for d in x.devices()} == {where}
+
+
+def test_weak_types_are_told_apart():
+    params, batches = setup()
+    tx = se.lazy(optax.sgd(0.1))
+
+    def loss_fn(p, ids, scale):
+        rows = (p["table"].astype(jnp.bfloat16) * scale)[ids]
+        return head(rows.astype(jnp.float32), p["w"])
+
+    with tuned(kept_bytes=0), warnings.catch_warnings():
+        warnings.simplefilter("error")  # "donated buffers were not usable"
+        step, state = se.train_step(loss_fn, tx), (params, tx.init(params))
+        for scale in (jnp.asarray(2.0), jnp.float32(2), jnp.asarray(2.0)):
+            *state, _ = step(*state, batches[0], scale)
+    assert step._step._keeping._cache_size() == 2

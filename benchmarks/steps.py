@@ -60,7 +60,7 @@ def flat(sizes: Sizes) -> Tables:
     not quite the same: of ids drawn from all rows, the more find their row in a cache the shorter
     the table is. Ids from the same few rows in every step find it there at any height, but in a
     tall table each of them lies in a page of its own, and has to be looked up in page tables that
-    grow with the table. (Huge pages shrink these: GLIBC_TUNABLES=glibc.malloc.hugetlb=1.)
+    grow with the table. (Huge pages shrink these; `pages.py` measures by how much.)
     """
     d, kinds = sizes.tall[1], ("all rows", f"{sizes.hot:,} rows")
     ways, batches, tables = [], [], {}

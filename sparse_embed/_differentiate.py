@@ -95,10 +95,11 @@ def _differentiate(
     _check_devices(program, plan)
     dense = {k: x for k, x in enumerate(leaves) if k not in tables}
     taps = [tuple(_tap(site, leaves[k]) for k in site.leaves) for site in plan.sites]
-    (value, (outs, ids, laid_out)), (grads, tap_grads) = jax.value_and_grad(
+    (value, (outs, ids, read)), (grads, tap_grads) = jax.value_and_grad(
         run, argnums=(0, 1), has_aux=True
     )(dense, taps)
     outs[first] = value
+    gradients: list[Array] = []
     for k in tables:
         parts = [
             _part(site, listed, tap[site.leaves.index(k)], leaves[k].shape[1:])
@@ -106,10 +107,10 @@ def _differentiate(
             if k in site.leaves
         ]
         grads[k] = Listed(parts, leaves[k].shape, leaves[k].dtype)
-        laid_out += [part.rows for part in parts]
+        gradients += [part.rows for part in parts]
     if tables:
-        _tie(outs, grads)
-    large = [x for x in laid_out if tuning.keeps(x)]
+        _tie([*outs, *read], grads)
+    large = [x for x in (*read, *gradients) if tuning.keeps(x)]
     return outs, [grads[k] for k in range(len(leaves))], large
 
 

@@ -145,6 +145,24 @@ def test_rows_and_gradients_are_laid_out_in_kept_memory():
     assert memory.temp_size_in_bytes <= plain.temp_size_in_bytes - 0.9 * size
 
 
+def test_rows_that_nothing_depends_on_copy_no_table():
+    """They are results of the step, and read before the table is written."""
+    params = {"table": jnp.ones((50_000, 64)), "w": jnp.ones((F * 64, 5))}
+    tx, ids = se.lazy(optax.adam(0.1)), jnp.zeros((200, F), jnp.int32)
+
+    def loss_fn(params, ids):
+        params["table"][ids + 1]
+        return jnp.mean(jnp.tanh(params["table"][ids].reshape(-1, F * 64) @ params["w"]))
+
+    with tuned(kept_bytes=4 * ids.size * 64):
+        step = se.train_step(loss_fn, tx)
+        state = step(params, tx.init(params), ids)[:2]
+        kept = kept_by(step)
+        assert len(kept) == 3
+        compiled = step._step._keeping.lower(*state, kept, ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 50_000 * 64 * 4 / 2
+
+
 def test_small_arrays_are_not_kept():
     step, _ = trained(LOSSES["rows"], se.lazy(optax.sgd(0.1)), se.tuning.kept_bytes)
     assert not step._step._kept

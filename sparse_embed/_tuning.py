@@ -25,7 +25,7 @@ class Tuning:
         eighth of the rows listed, so that no step takes more than eight turns.
       kept_bytes: rows that a step lays out, and their gradients, stay allocated from one step of a
         `train_step` to the next if they take no less than this. To get memory anew costs more than
-        to fill it.
+        to fill it. It is held as long as the step object, for the shapes of its last call.
       huge_pages: whether Linux is asked for huge pages under tables and their optimizer's state, at
         `init` and in the first step of a `train_step`. It is not where the system gives none.
 
@@ -39,7 +39,7 @@ class Tuning:
 
     block_rows: int = 2048
     window_bytes: int = 8_000_000
-    kept_bytes: int = 8_000_000
+    kept_bytes: float = 8_000_000  # `float("inf")`: nothing
     huge_pages: bool = True
 
     def keeps(self, x: Any) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from _inputs import BATCHES, SEED, distinct, zipf
 from _measure import machine, markdown
-from _report import RESULTS, command_line, heading, write
+from _results import RESULTS, command_line, heading, write
 from matplotlib.figure import Figure
 
 import sparse_embed as se

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from _inputs import SEED, distinct, rotated, uniform
 from _measure import in_turns, machine, markdown, ratio, times
-from _report import RESULTS, command_line, heading, write
+from _results import RESULTS, command_line, heading, write
 
 import sparse_embed as se
 

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from _gpu_torch import MOMENTS, SEED, SIZES, Sizes, floors, in_another_python, power_law, timed
 from _measure import machine, markdown, times
-from _report import RESULTS, command_line, heading, write
+from _results import RESULTS, command_line, heading, write
 from _ways import OPTIMIZERS
 
 import sparse_embed as se

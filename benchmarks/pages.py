@@ -24,7 +24,7 @@ import optax
 from _contest import OPTIMIZERS, pooled_loss, unpooled_loss
 from _inputs import SEED, arrays, dense_leaf, hot, rotated, zipf
 from _measure import Way, in_turns, machine, markdown, ratio, times
-from _report import RESULTS, command_line, heading, write
+from _results import RESULTS, command_line, heading, write
 
 import sparse_embed as se
 

@@ -36,7 +36,7 @@ from _curves import draw
 from _inputs import BATCHES, SEED, distinct, hot, zipf
 from _measure import MB, machine, markdown, peak_mb, times
 from _others import Others
-from _report import RESULTS, command_line, heading, write
+from _results import RESULTS, command_line, heading, write
 from steps import compilation
 
 Rows = list[dict[str, Any]]

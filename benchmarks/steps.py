@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from _inputs import BATCHES, SEED, arrays, dense_leaf, distinct, hot, rotated, uniform, zipf
 from _measure import Way, in_turns, machine, markdown, memory, ratio, times
-from _report import RESULTS, command_line, heading, write
+from _results import RESULTS, command_line, heading, write
 from _ways import OPTIMIZERS, by_hand_adam, dense, folded_sgd, loss_fn, ours, ref_sgd, refs_work
 
-from sparse_embed._differentiate import value_and_listed
-from sparse_embed._listed import Listed, Part
-from sparse_embed._sweep import Sweep
+from sparse_embed._container.listed import Listed, Part
+from sparse_embed._differentiate.taps import value_and_listed
+from sparse_embed._update.sweep import Sweep
 
 Tables = dict[str, list[dict[str, Any]]]  # what was measured -> rows
 Kind = tuple[str, str]  # optimizer, way

@@ -1,4 +1,9 @@
-"""Optimizers that give a table the numbers of dense optax at the cost of the rows touched."""
+"""Optimizers that give a table the numbers of dense optax at the cost of the rows touched.
+
+In: the arguments of the optax optimizer; then trees of gradients, state and parameters.
+Out: a transformation whose rows may be behind, and `settle`, which brings rows up to date.
+Never: a step over the whole table, nor an approximation of dense optax beyond rounding.
+"""
 
 from sparse_embed.exact._adam import adam as adam
 from sparse_embed.exact._adam import adamw as adamw

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from sparse_embed._errors import message
+from sparse_embed._core import message
 from sparse_embed.exact._adaptive import Adam, Adamax, Belief
 from sparse_embed.exact._build import ScalarOrSchedule, build, decayed, fading, number
 from sparse_embed.exact._transform import ExactTransformation

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from sparse_embed._errors import describe, is_concrete, message
+from sparse_embed._core import describe, is_concrete, message
 from sparse_embed.exact._closed_form import ClosedForm
 from sparse_embed.exact._rest import Rest
 from sparse_embed.exact._transform import ExactTransformation

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._errors import describe, is_concrete, message
+from sparse_embed._core import describe, is_concrete, message
 from sparse_embed.exact._state import ExactState
 
 

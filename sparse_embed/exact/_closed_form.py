@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._errors import describe, message, path_name
-from sparse_embed._layout import state_layout
-from sparse_embed._separable import moved_without_gradient
+from sparse_embed._core import describe, message, path_name
+from sparse_embed._lazy import moved_without_gradient
+from sparse_embed._update import state_layout
 from sparse_embed.exact._catch_up import catch_up
 from sparse_embed.exact._ledger import Counts, Kernel, Ledger, Schedule
 from sparse_embed.exact._rest import Rest

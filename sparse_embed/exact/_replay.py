@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._errors import describe, message, path_name
-from sparse_embed._layout import StateLayout, check_state, state_layout
+from sparse_embed._core import describe, message, path_name
+from sparse_embed._update import StateLayout, check_state, state_layout
 from sparse_embed.exact._ledger import Counts, Ledger
 from sparse_embed.exact._rest_step import Program, RestStep, program_of
 from sparse_embed.exact._table import Block, Table

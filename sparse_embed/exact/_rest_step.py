@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._blocks import Refused, Rows
-from sparse_embed._jaxpr import as_jaxpr
-from sparse_embed._layout import ELSEWHERE, StateLayout
-from sparse_embed._on_rows import OnRows
-from sparse_embed._segments import gather_rows
-from sparse_embed._update import refusal
+from sparse_embed._container import gather_rows
+from sparse_embed._core import as_jaxpr
+from sparse_embed._on_rows import OnRows, Refused, Rows
+from sparse_embed._update import ELSEWHERE, StateLayout, refusal
 
 Own = tuple[Array, dict[str, Array]]  # rows, and the leaves of their state by number
 

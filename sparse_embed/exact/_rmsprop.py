@@ -5,7 +5,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from sparse_embed._errors import message
+from sparse_embed._core import message
 from sparse_embed.exact._build import ScalarOrSchedule, build, fading, is_zero
 from sparse_embed.exact._momentum import Fading, RmsTrace
 from sparse_embed.exact._rest import Rest

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._errors import is_concrete, message
-from sparse_embed._row_sparse import RowSparse
-from sparse_embed._segments import gather_rows, nan_where, set_rows
+from sparse_embed._container import RowSparse, gather_rows, nan_where, set_rows
+from sparse_embed._core import is_concrete, message
 from sparse_embed.exact._ledger import Counts, Ledger
 from sparse_embed.exact._state import RowClock, behind
 

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._lazy import lazy
-from sparse_embed._lazy_state import LazyState
-from sparse_embed._pages import ask_for_huge_pages
-from sparse_embed._row_sparse import is_row_sparse
-from sparse_embed._segments import distinct, flat_indices, gather_rows
+from sparse_embed._container import distinct, flat_indices, gather_rows, is_row_sparse
+from sparse_embed._core import ask_for_huge_pages
+from sparse_embed._lazy import LazyState, lazy
 from sparse_embed.exact._checks import (
     check_dense_state,
     check_finite,

@@ -1,0 +1,87 @@
+"""The arguments of every lookup: the table, the ids, and the row that each id reads.
+
+Letters: V the rows of the table.
+"""
+
+import operator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from sparse_embed._container import gather_rows
+from sparse_embed._core import describe, message
+
+Mode = Literal["fill", "clip"]
+
+
+def as_table(table: ArrayLike, call: str) -> Array:
+    """`table` as an array `[V, *features]`; `call` is how the user wrote the call."""
+    instead = "a float array [num_rows, *features], such as jnp.zeros((1000, 16))"
+    is_array = isinstance(table, jax.Array | np.ndarray) or hasattr(table, "__jax_array__")
+    if not is_array or not jnp.issubdtype(jnp.asarray(table).dtype, jnp.inexact):
+        wrote = f"{call}: table must be an array of floats."
+        raise TypeError(message(wrote, f"table {describe(table)}", instead))
+    table = jnp.asarray(table)
+    if table.ndim == 0:
+        wrote = f"{call}: table must have rows."
+        raise ValueError(message(wrote, f"table {describe(table)}", instead))
+    return table
+
+
+def as_integers(x: ArrayLike, name: str, call: str) -> Array:
+    """`x` as a jax array of integers; `name` is the argument's name."""
+    if isinstance(x, np.ndarray | np.generic) and np.issubdtype(x.dtype, np.integer):
+        # Of 64 bits jax may keep the low 32, and a huge id would come back as a valid one.
+        kept = jnp.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+        x = np.clip(x, kept.min, kept.max)
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        wrote, got = f"{call}: {name} must be integers.", f"{name} {describe(array)}"
+        raise TypeError(message(wrote, got, f"{name}.astype(jnp.int32)"))
+    return array
+
+
+def row_numbers(ids: ArrayLike, num_rows: int, mode: Mode, call: str) -> Array:
+    """The row each id reads, of the shape of `ids`; outside the table it reads none.
+
+    An id that is out of range stays as it is, for `check_ids` to name.
+    """
+    if mode not in ("fill", "clip"):
+        wrote, got = f"{call}: mode={mode!r} is unknown.", f"mode {describe(mode)}"
+        raise ValueError(message(wrote, got, 'mode="fill" or mode="clip"'))
+    ids = as_integers(ids, "ids", call)
+    if ids.dtype == jnp.uint32:
+        ids = jnp.minimum(ids, jnp.uint32(2**31 - 1))
+    if ids.dtype.itemsize <= 4:
+        ids = ids.astype(jnp.int32)
+    return jnp.clip(ids, 0, max(num_rows - 1, 0)) if mode == "clip" else ids
+
+
+def padding_row(padding_idx: Any, num_rows: int, call: str) -> int:
+    """`padding_idx` in `[0, V)`; a negative one counts from the end."""
+    pad = operator.index(padding_idx)
+    if not -num_rows <= pad < num_rows:
+        raise ValueError(
+            message(
+                f"{call}: padding_idx={pad} is not a row of the table.",
+                f"a table of {num_rows} rows",
+                f"a padding_idx in [{-num_rows}, {num_rows}), or padding_idx=None",
+            )
+        )
+    return pad % num_rows
+
+
+def read_rows(table: Array, indices: Array) -> Array:
+    """`[*indices.shape, *features]`; an index outside the table reads as NaN."""
+    if table.shape[0] == 0:  # XLA has no gather from an array without rows
+        return jnp.full((*indices.shape, *table.shape[1:]), jnp.nan, table.dtype)
+    return gather_rows(table, indices, fill=jnp.nan)
+
+
+def over_features(x: Array, ndim: int) -> Array:
+    """`x` with trailing axes of length 1, so that it lines up with rows of `ndim` axes."""
+    return jnp.expand_dims(x, tuple(range(x.ndim, ndim)))

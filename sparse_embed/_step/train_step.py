@@ -1,0 +1,170 @@
+"""`train_step`: the usual training step, jitted and donated."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+
+from sparse_embed._container import is_row_sparse
+from sparse_embed._core import describe, message
+from sparse_embed._differentiate import gradients, touched, value_and_listed
+from sparse_embed._lazy import LazyState
+from sparse_embed._step.scratch import ScratchStep
+from sparse_embed._step.settle_reads import settled
+from sparse_embed.exact import ExactState
+
+
+class TrainStep:
+    """A compiled training step: call it as `step(params, opt_state, *args)`, or audit it."""
+
+    def __init__(self, step: Callable[..., Any]):
+        self._step = ScratchStep(step)
+
+    def __call__(self, params: Any, opt_state: Any, *args: Any) -> Any:
+        _check_buffers(params, opt_state)
+        return self._step(params, opt_state, *args)
+
+    def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:
+        """As of `jax.jit(step, donate_argnums=(0, 1))`, without memory that calls keep on CPUs."""
+        return self._step.plain.lower(params, opt_state, *args)
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> TrainStep:
+    """The training step of `loss_fn` under `tx`, jitted, with both trees updated in place.
+
+    `loss, grads = se.value_and_grad(loss_fn)(params, *args)`, `updates = tx.update(grads,
+    opt_state, params, value=loss)`, `params = optax.apply_updates(params, updates)`. Both trees
+    are donated: use the returned ones, the ones passed in are gone. With an optimizer of
+    `se.exact` the rows that the loss reads are settled first, in the same step.
+
+    Args:
+      loss_fn: the loss, `loss_fn(params, *args)` for the default `argnums`.
+      tx: the optimizer, `se.lazy(...)` or of `se.exact`.
+      argnums: where `params` goes among the arguments of `loss_fn`. Several numbers take `params`
+        as a tuple.
+      has_aux: whether `loss_fn` returns `(loss, aux)`.
+
+    Returns:
+      `step(params, opt_state, *args) -> (params, opt_state, loss)`, or `(..., (loss, aux))`.
+
+    Raises:
+      ValueError: when called, where a buffer was donated before or is there twice.
+      TypeError: `tx` is not an optax transformation; when called, an exact optimizer is inside it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sparse_embed as se
+      >>> params = {"table": jnp.ones((1000, 2))}
+      >>> tx = se.lazy(optax.sgd(0.5))
+      >>> step = se.train_step(lambda p, ids: p["table"][ids].sum(), tx)
+      >>> params, opt_state, loss = step(params, tx.init(params), jnp.array([3, 8]))
+      >>> params["table"][3].tolist(), float(loss)
+      ([0.5, 0.5], 4.0)
+    """
+    if not callable(getattr(tx, "update", None)):
+        raise TypeError(
+            message(
+                "se.train_step(loss_fn, tx): tx must be an optax transformation.",
+                describe(tx),
+                "se.train_step(loss_fn, se.lazy(optax.adam(1e-3)))",
+            )
+        )
+    several = not isinstance(argnums, int)
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    listing = value_and_listed(loss_fn, argnums, has_aux, lay_out=True)
+    apply = getattr(tx, "apply", None)
+
+    settle = getattr(tx, "settle", None)
+    listed = touched(loss_fn, argnums)
+
+    def rows_read(args: tuple[Any, ...], params: Any) -> Any:
+        return listed(*_merge(numbers, params if several else (params,), args))
+
+    def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, list[Array]]:
+        if settle is not None:
+            read = partial(rows_read, args)
+            params, opt_state = settled(settle, read, params, opt_state)
+        elif any(map(_is_exact, jax.tree.leaves(opt_state, is_leaf=_is_exact))):
+            raise TypeError(
+                message(
+                    "se.train_step(loss_fn, tx): an optimizer of se.exact inside another "
+                    "transformation, which hides its settle.",
+                    describe(tx),
+                    "se.exact.adam(1e-3, before=optax.clip_by_global_norm(1.0)) as it is, or "
+                    "se.exact.replay(optax.partition(...))",
+                )
+            )
+        given = _merge(numbers, params if several else (params,), args)
+        value, grads, laid_out = listing(*given)
+        loss = value[0] if has_aux else value
+        if apply is not None:  # update and application in one, repeats not yet summed
+            params, opt_state = apply(grads, opt_state, params, value=loss)
+        else:
+            updates, opt_state = _update(tx, gradients(grads), opt_state, params, loss)
+            params = optax.apply_updates(params, updates)
+        return (params, opt_state, value), laid_out
+
+    return TrainStep(step)
+
+
+def _merge(numbers: Sequence[int], params: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """The arguments of the loss: `params` at `numbers`, `args` in the other places."""
+    total = len(params) + len(args)
+    own = dict(zip((n % total for n in numbers), params, strict=True))
+    left = iter(args)
+    return [own[i] if i in own else next(left) for i in range(total)]
+
+
+def _update(
+    tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, loss: Any
+) -> Any:
+    try:
+        return optax.with_extra_args_support(tx).update(grads, opt_state, params, value=loss)
+    except (TypeError, ValueError) as error:
+        sparse = any(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
+        if sparse and not (isinstance(opt_state, LazyState) or hasattr(tx, "settle")):
+            error.add_note(
+                "In se.train_step(loss_fn, tx): a stock optax transformation cannot take the "
+                "gradients of a table.\n  write: tx = se.lazy(optax.chain(...)), whole chain inside"
+            )
+        raise
+
+
+def _check_buffers(params: Any, opt_state: Any) -> None:
+    """Both trees are donated, so each buffer must be alive, and there once."""
+    seen: dict[int, str] = {}
+    for root, tree in (("params", params), ("opt_state", opt_state)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+                continue
+            name = root + jax.tree_util.keystr(path)
+            if leaf.is_deleted():
+                raise ValueError(
+                    message(
+                        "step(params, opt_state, ...): a buffer was donated to an earlier step.",
+                        f"{name} {describe(leaf)}, deleted",
+                        "params, opt_state, loss = step(params, opt_state, ...)",
+                    )
+                )
+            if id(leaf) in seen:
+                raise ValueError(
+                    message(
+                        "step(params, opt_state, ...): one array is there twice; it cannot be "
+                        "donated twice.",
+                        f"{seen[id(leaf)]} is {name} {describe(leaf)}",
+                        "jax.tree.map(jnp.copy, ...) of one of the two trees",
+                    )
+                )
+            seen[id(leaf)] = name
+
+
+def _is_exact(node: Any) -> bool:
+    return isinstance(node, ExactState)

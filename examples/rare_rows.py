@@ -148,7 +148,7 @@ def time_steps(data: MovieLens, rows: int, args: argparse.Namespace) -> dict[str
             *state, _ = jax.block_until_ready(step(*state, batch))
             seconds.append(time.perf_counter() - begin)
         found[mode] = 1e3 * np.median(seconds[5:])
-    for _ in range(2):  # of the exact mode, the last; the first call compiles
+    for _ in range(3):  # of the exact mode, the last; the first calls compile
         begin = time.perf_counter()
         state = jax.block_until_ready(settle(*state))
         found["settle"] = 1e3 * (time.perf_counter() - begin)

@@ -24,8 +24,10 @@ import optax.contrib
 
 PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
 
-# The parameters that the laws update. `kernel` has as many columns as `items` has rows.
-SHAPES = {"bias": (6,), "items": (6, 4), "kernel": (4, 6), "scale": (), "users": (50, 2, 3)}
+# The parameters that the laws update. `kernel` has as many columns as `items` has rows. `users` is
+# so tall that a copy of it stands out in the memory of a compiled step.
+HEIGHT = 20_000
+SHAPES = {"bias": (6,), "items": (6, 4), "kernel": (4, 6), "scale": (), "users": (HEIGHT, 2, 3)}
 TABLES = ("items", "users")
 MATRICES = ("items", "kernel")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from conformance import SHAPES, TABLES
+from helpers import numbers
 
 import sparse_embed as se
 
@@ -18,7 +19,9 @@ STEPS = 12
 LISTED = 5  # indices of a step's gradient, for each table
 ALL = tuple(SHAPES)
 # These programs run a few times on a few rows: most of their time is compilation.
-QUICKLY = {"xla_backend_optimization_level": 0}
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+if jax.__version_info__ < (0, 11):  # the older of two code generators takes a third of the time
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
 
 
@@ -111,10 +114,10 @@ def put_back(old: Any, new: Any, batch: dict[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, old, new)
 
 
-def stepper(tx: Any) -> Any:
+def stepper(tx: Any, donate: tuple[int, ...] = ()) -> Any:
     """One compiled step of a transformation, dense or lazy."""
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @functools.partial(jax.jit, compiler_options=QUICKLY, donate_argnums=donate)
     def step(params, state, grads, extra):
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
@@ -156,7 +159,7 @@ def assert_same(got: Any, want: Any, law: str, **tolerance: Any) -> None:
         where = f"{law}: {jax.tree_util.keystr(path)}"
         assert np.shape(a) == np.shape(b), where
         assert jnp.result_type(a) == jnp.result_type(b), where
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        a, b = numbers(a), numbers(b)
         np.testing.assert_allclose(a, b, err_msg=where, **(tolerance or TOLERANCE))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import sparse_embed as se
 
@@ -55,6 +57,13 @@ def tuned(**numbers: Any) -> Iterator[None]:
     finally:
         for name, number in before.items():
             setattr(se.tuning, name, number)
+
+
+def numbers(x: Any) -> np.ndarray:
+    """A leaf in float64; of the row numbers of a `RowSparse` what lies behind them."""
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x, np.float64)
 
 
 def small_blocks(rows: int) -> contextlib.AbstractContextManager[None]:

@@ -12,9 +12,11 @@ from sparse_embed._container.each_block import blocks as blocks
 from sparse_embed._container.each_block import each_block as each_block
 from sparse_embed._container.each_block import put as put
 from sparse_embed._container.indices import PADDED as PADDED
+from sparse_embed._container.indices import as_integers as as_integers
 from sparse_embed._container.indices import distinct as distinct
 from sparse_embed._container.indices import first_seen as first_seen
 from sparse_embed._container.indices import flat_indices as flat_indices
+from sparse_embed._container.indices import widened as widened
 from sparse_embed._container.listed import Listed as Listed
 from sparse_embed._container.listed import Part as Part
 from sparse_embed._container.listed import as_listed as as_listed

@@ -6,7 +6,7 @@ from typing import Literal, overload
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container.row_sparse import RowSparse, sum_repeats, verified
+from sparse_embed._container.row_sparse import RowSparse, checked, sum_repeats
 from sparse_embed._container.segments import nan_where, segment_count
 from sparse_embed._core import describe, is_concrete, message
 
@@ -56,7 +56,7 @@ def coalesce(
                 "se.coalesce(se.RowSparse(indices, rows, table.shape))",
             )
         )
-    grad = verified(grad, "se.coalesce(grad)")
+    grad = checked(grad, "se.coalesce(grad)")
     enough = min(grad.indices.size, grad.num_rows)
     size = enough if size is None else operator.index(size)
     out, slots = sum_repeats(grad, size)

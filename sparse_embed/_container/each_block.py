@@ -4,6 +4,7 @@ Letters: n listed rows, b rows of a block, V the rows of the table.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -72,15 +73,17 @@ def add_rows(table: Array, indices: Array, rows: Array) -> Array:
     The sum is rounded once to the table's dtype, as in `table + dense`.
     """
 
-    def added(indices: Array, rows: Array, table: Array) -> Array:
-        return put(table, indices, (gather_rows(table, indices) + rows).astype(table.dtype))
-
     if not in_blocks(indices, table, rows):
-        return added(indices, rows, table)
+        return _added(table, indices, rows)
     num_rows = table.shape[0]
     count = jnp.sum(indices < num_rows, dtype=jnp.int32)
-    body = lambda block, table: added(block.indices, block.rows, table)  # noqa: E731
+    body = lambda block, table: _added(table, block.indices, block.rows)  # noqa: E731
     return each_block(body, table, indices, rows, count, num_rows)
+
+
+@partial(jax.jit, inline=True)  # outside of any other jit it is one call
+def _added(table: Array, indices: Array, rows: Array) -> Array:
+    return put(table, indices, (gather_rows(table, indices) + rows).astype(table.dtype))
 
 
 def put(table: Array, indices: Array, rows: Array) -> Array:

@@ -7,8 +7,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+
+from sparse_embed._core import describe, message
+
+
+def as_integers(x: ArrayLike, name: str, call: str) -> Array:
+    """`x` as a jax array of integers; `name` is the argument's name."""
+    if isinstance(x, np.ndarray | np.generic) and np.issubdtype(x.dtype, np.integer):
+        # Of 64 bits jax may keep the low 32, and a huge id would come back as a valid one.
+        kept = jnp.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+        x = np.clip(x, kept.min, kept.max)
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        wrote, got = f"{call}: {name} must be integers.", f"{name} {describe(array)}"
+        raise TypeError(message(wrote, got, f"{name}.astype(jnp.int32)"))
+    return array
+
+
+def widened(ids: Array) -> Array:
+    """`ids` as int32, or int64 if they are of 64 bits; what is too large stays out of range."""
+    if ids.dtype == jnp.uint32:
+        ids = jnp.minimum(ids, jnp.uint32(2**31 - 1))
+    return ids.astype(jnp.int32 if ids.dtype.itemsize <= 4 else jnp.int64)
 
 
 def flat_indices(ids: ArrayLike, num_rows: int) -> Array:

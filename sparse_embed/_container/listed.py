@@ -4,6 +4,7 @@ Letters: n listed rows, V the rows of the table, s slots.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -61,24 +62,13 @@ class Listed:
         Returns:
           The sums, made in at least float32 and rounded once.
         """
-        total = jnp.zeros((size, *self.shape[1:]), sum_dtype(self.dtype))
-        start = 0
-        for part in self.parts:
-            places, bags = part.ids.shape
-            own = slot[start : start + places * bags] - first
-            # Scatters count negative numbers from the end.
-            own = jnp.where(own < 0, size, own).reshape(places, bags)
-            rows = part.rows.astype(total.dtype)
-            total = _add(total, own, rows)
-            start += places * bags
-        return total.astype(self.dtype)
+        return _sums(self.parts, slot, first, size, self.shape[1:], self.dtype)
 
     def coalesced(self) -> RowSparse:
         """The `RowSparse` with each row listed once, ascending, padding last."""
         size = min(self.indices.size, self.num_rows)
-        slots = distinct(self.indices, self.num_rows, size)
-        rows = self.sums(slots.slot, 0, size)
-        return RowSparse._make(slots.indices, rows, self.shape, True)
+        indices, rows = _coalesced(self.parts, self.indices, size, self.shape, self.dtype)
+        return RowSparse._make(indices, rows, self.shape, True)
 
     def unsummed(self) -> "Listed":
         """What lists the same and may repeat rows."""
@@ -93,6 +83,34 @@ class Listed:
 def as_listed(grad: RowSparse) -> Listed:
     """A gradient whose rows may repeat."""
     return Listed([Part(grad.indices[None], grad.rows)], grad.shape, grad.dtype)
+
+
+def _sums(
+    parts: Sequence[Part],
+    slot: Array,
+    first: Array | int,
+    size: int,
+    features: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> Array:
+    total = jnp.zeros((size, *features), sum_dtype(dtype))
+    start = 0
+    for part in parts:
+        places, bags = part.ids.shape
+        own = slot[start : start + places * bags] - first
+        # Scatters count negative numbers from the end.
+        own = jnp.where(own < 0, size, own).reshape(places, bags)
+        total = _add(total, own, part.rows.astype(total.dtype))
+        start += places * bags
+    return total.astype(dtype)
+
+
+@partial(jax.jit, inline=True, static_argnums=(2, 3, 4))  # outside of any other jit it is one call
+def _coalesced(
+    parts: Sequence[Part], indices: Array, size: int, shape: tuple[int, ...], dtype: jnp.dtype
+) -> tuple[Array, Array]:
+    slots = distinct(indices, shape[0], size)
+    return slots.indices, _sums(parts, slots.slot, 0, size, shape[1:], dtype)
 
 
 def _add(total: Array, slot: Array, rows: Array) -> Array:

@@ -10,10 +10,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sparse_embed._container.each_block import add_rows
-from sparse_embed._container.indices import Slots, distinct, flat_indices
-from sparse_embed._container.seal import SEAL, unharmed
+from sparse_embed._container.indices import Slots, as_integers, distinct, flat_indices, widened
+from sparse_embed._container.row_numbers import locked, unlocked
 from sparse_embed._container.segments import segment_sum
-from sparse_embed._core import describe, message
+from sparse_embed._core import describe, is_concrete, message
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -27,9 +27,9 @@ class RowSparse:
     Arithmetic: `a + b` joins two of the same shape, `a * scalar` and `-a` act on the rows, and
     `table + a` is the dense updated table, so that `optax.apply_updates` works as it is.
 
-    `optax` transforms map over every leaf of a tree and would change the indices as well. Put
-    the chain inside `se.lazy`; where that was forgotten, whatever reads the container next raises,
-    or, inside a compiled function, turns the rows into NaN.
+    It is a pytree of row numbers and rows. The row numbers leave it as an array of a dtype of their
+    own, `key<whole chain inside se.lazy>`: a stock optax transform that would change them, or count
+    them, raises while it is traced. Put the whole chain inside `se.lazy`, or take `se.global_norm`.
 
     Args:
       indices: `[n]` integers, the row numbers.
@@ -49,24 +49,14 @@ class RowSparse:
       [1.0, 1.0]
     """
 
-    __slots__ = ("indices", "rows", "shape", "coalesced", "_seal", "_source")
+    __slots__ = ("_indices", "_locked", "_rows", "_distinct", "_source", "shape")
     __array_ufunc__ = None  # numpy must leave `table + row_sparse` to this class
 
-    indices: Array  # [n]
-    rows: Array  # [n, *features]
     shape: tuple[int, ...]
-    coalesced: bool  # rows ascending and distinct, padding last: as `coalesce` returns them
 
     def __init__(self, indices: ArrayLike, rows: ArrayLike, shape: tuple[int, ...]):
-        indices, rows, shape = jnp.asarray(indices), jnp.asarray(rows), tuple(shape)
-        if not jnp.issubdtype(indices.dtype, jnp.integer):
-            raise TypeError(
-                message(
-                    "RowSparse(indices, rows, shape): indices must be integers.",
-                    f"indices {describe(indices)}",
-                    "RowSparse(indices.astype(jnp.int32), rows, shape)",
-                )
-            )
+        indices = widened(as_integers(indices, "indices", "RowSparse(indices, rows, shape)"))
+        rows, shape = jnp.asarray(rows), tuple(shape)
         if indices.ndim != 1 or not shape or rows.shape != indices.shape + shape[1:]:
             raise ValueError(
                 message(
@@ -76,13 +66,11 @@ class RowSparse:
                     "RowSparse(ids.reshape(-1), rows.reshape(-1, *table.shape[1:]), table.shape)",
                 )
             )
-        self._fill(indices, rows, shape, False, SEAL)
+        self._fill(indices, _NONE, rows, shape, None)
 
-    def _fill(
-        self, indices: Any, rows: Any, shape: tuple[int, ...], coalesced: bool, seal: Any
-    ) -> RowSparse:
-        self.indices, self.rows, self.shape = indices, rows, shape
-        self.coalesced, self._seal, self._source = coalesced, seal, None
+    def _fill(self, *parts: Any) -> RowSparse:
+        self._indices, self._locked, self._rows, self.shape, self._distinct = parts
+        self._source = None
         return self
 
     @classmethod
@@ -90,42 +78,67 @@ class RowSparse:
         cls, indices: Array, rows: Array, shape: tuple[int, ...], coalesced: bool
     ) -> RowSparse:
         """Builds one without the checks, from arrays known to belong together."""
-        return cls.__new__(cls)._fill(indices, rows, shape, coalesced, SEAL)
+        distinct = indices.shape[0] if coalesced else None
+        return cls.__new__(cls)._fill(indices, _NONE, rows, shape, distinct)
 
     @classmethod
     def _deferred(cls, source: Any) -> RowSparse:
         """That of a source, made when its indices or rows are asked for.
 
         Sources are `Listed` and `DeferredUpdate`: `shape`, `dtype`, `coalesced()` makes the
-        `RowSparse`, `unsummed()` what has the same sums, `added_to(table)` the table with it.
-
-        Within one compiled step they may never be: gradients are then summed, and updates added to
-        their table, a few at a time.
+        `RowSparse`, `unsummed()` what has the same sums, `added_to(table)` the table with it, a few
+        rows at a time.
         """
-        out = cls.__new__(cls)
-        out.shape, out.coalesced, out._seal, out._source = source.shape, True, SEAL, source
+        out = cls.__new__(cls)._fill(_NONE, _NONE, _NONE, source.shape, None)
+        out._source = source
         return out
 
-    def __getattr__(self, name: str) -> Any:  # asked for an attribute that is not there
-        if name in ("indices", "rows") and self._source is not None:
-            return getattr(self._source.coalesced(), name)
-        raise AttributeError(f"RowSparse has no attribute {name!r}")
+    @property
+    def indices(self) -> Array:
+        """`[n]` integers: the row to which each of `rows` belongs; `>= num_rows` for none."""
+        if self._source is not None:
+            return self._source.coalesced().indices
+        if self._indices is not _NONE:
+            return self._indices
+        indices = unlocked(self._locked, self.num_rows)
+        if isinstance(indices, Array) and is_concrete(indices):  # a tracer ends with its trace
+            self._indices = indices
+        return indices
+
+    @property
+    def rows(self) -> Array:
+        """`[n, *features]`."""
+        return self._rows if self._source is None else self._source.coalesced().rows
+
+    @property
+    def coalesced(self) -> bool:
+        """Whether rows are ascending and distinct, padding last: as `coalesce` returns them."""
+        if self._source is not None:
+            return True
+        # Mapped over, the list may have become another one: joined, or stacked.
+        listed = self._indices if self._indices is not _NONE else self._locked
+        return self._distinct is not None and jnp.shape(listed) == (self._distinct,)
 
     def tree_flatten_with_keys(self):
-        keys = map(jax.tree_util.GetAttrKey, ("indices", "rows", "seal"))
         made = self if self._source is None else self._source.coalesced()
-        leaves = (made.indices, made.rows, self._seal)
-        return tuple(zip(keys, leaves, strict=True)), (self.shape, self.coalesced)
+        numbers = made._locked
+        if numbers is _NONE:
+            numbers = locked(made._indices)
+            if is_concrete(numbers):
+                made._locked = numbers
+        return ((_INDICES, numbers), (_ROWS, made._rows)), (made.shape, made._distinct)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> RowSparse:
         # No checks here: jax unflattens with placeholders of every kind.
-        indices, rows, seal = children
-        return cls.__new__(cls)._fill(indices, rows, aux[0], aux[1], seal)
+        return cls.__new__(cls)._fill(_NONE, *children, *aux)
+
+    def __reduce__(self) -> Any:
+        return RowSparse._make, (self.indices, self.rows, self.shape, self.coalesced)
 
     num_rows = property(lambda self: self.shape[0], doc="Rows of the table.")
     ndim = property(lambda self: len(self.shape), doc="Dimensions of the table.")
-    dtype = property(lambda self: (self._source or self.rows).dtype, doc="dtype of the rows.")
+    dtype = property(lambda self: (self._source or self._rows).dtype, doc="dtype of the rows.")
 
     def todense(self) -> Array:
         """The dense array, `shape`; repeats are summed in at least float32."""
@@ -159,7 +172,7 @@ class RowSparse:
                     "a.todense() + ..., or add gradients of the same table",
                 )
             )
-        a, b = verified(self, "a + b"), verified(other, "a + b")
+        a, b = checked(self, "a + b"), checked(other, "a + b")
         indices = jnp.concatenate([a.indices, b.indices])
         return RowSparse._make(indices, jnp.concatenate([a.rows, b.rows]), a.shape, False)
 
@@ -172,7 +185,7 @@ class RowSparse:
                     "RowSparse(g.indices, g.rows * x[g.indices], g.shape)",
                 )
             )
-        grad = verified(self, "row_sparse * scalar")
+        grad = checked(self, "row_sparse * scalar")
         rows = (grad.rows * scalar).astype(grad.dtype)
         return RowSparse._make(grad.indices, rows, grad.shape, grad.coalesced)
 
@@ -192,34 +205,31 @@ class RowSparse:
         return f"RowSparse({describe(self.rows)} at indices {listed}, shape={self.shape})"
 
 
+_NONE: Any = object()  # not there yet
+_INDICES, _ROWS = map(jax.tree_util.GetAttrKey, ("indices", "rows"))
+
+
 def is_row_sparse(x: Any) -> bool:
     """`isinstance(x, RowSparse)`, to be given to `jax.tree.map(..., is_leaf=)`."""
     return isinstance(x, RowSparse)
 
 
-def verified(grad: RowSparse, caller: str) -> RowSparse:
-    """`grad` with its indices known to be unharmed.
-
-    Args:
-      grad: any RowSparse.
-      caller: how the user wrote the call, for the message.
-
-    Returns:
-      `grad`; where only run-time values can tell, with rows that are NaN if it was harmed.
-
-    Raises:
-      TypeError, ValueError: a stock transform changed the indices.
-    """
-    if grad._source is not None:  # it has no leaves yet that a transform could change
-        return grad
-    indices, rows = unharmed(grad.indices, grad.rows, grad._seal, caller)
-    if indices is grad.indices:
-        return grad
-    return RowSparse._make(indices, rows, grad.shape, grad.coalesced)
+def checked(grad: RowSparse, caller: str) -> RowSparse:
+    """`grad`; raises if it is a stack of several. `caller` is how the user wrote the call."""
+    if grad._source is None and jnp.ndim(grad._rows) != grad.ndim:
+        raise ValueError(
+            message(
+                f"{caller}: a RowSparse that was stacked or batched, as by scan or vmap.",
+                f"indices {describe(grad.indices)}, rows {describe(grad.rows)}",
+                "jax.vmap of this call; or, for the sum of the batch, RowSparse("
+                "g.indices.reshape(-1), g.rows.reshape(-1, *g.shape[1:]), g.shape)",
+            )
+        )
+    return grad
 
 
 def summed(grad: RowSparse, caller: str) -> RowSparse:
-    """`grad` verified, each row listed once and ascending, its repeats summed, padding last."""
+    """`grad` checked, each row listed once and ascending, its repeats summed, padding last."""
     grad = unsummed(grad, caller)
     if not isinstance(grad, RowSparse):
         return grad.coalesced()
@@ -227,8 +237,8 @@ def summed(grad: RowSparse, caller: str) -> RowSparse:
 
 
 def unsummed(grad: RowSparse, caller: str) -> Any:
-    """`grad` verified; or, where its repeats are not summed yet, the `Listed` it is made of."""
-    grad = verified(grad, caller)
+    """`grad` checked; or, where its repeats are not summed yet, the `Listed` it is made of."""
+    grad = checked(grad, caller)
     return grad if grad._source is None else grad._source.unsummed()
 
 

@@ -3,6 +3,8 @@
 Letters: n listed rows, s the static size of the result, V the rows of the table.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -51,6 +53,7 @@ def loosely(rows: Array, ids: Array) -> Array:
 _SINGLE = (jnp.float32, jnp.float64)
 
 
+@partial(jax.jit, inline=True)  # outside of any other jit it is one call
 def set_rows(table: Array, indices: Array, rows: Array) -> Array:
     """`table` with `rows` at the ascending, distinct `indices` of a coalesced gradient."""
     rows = rows.astype(table.dtype)

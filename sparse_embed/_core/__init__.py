@@ -32,6 +32,7 @@ from sparse_embed._core.rowwise import ELEMENTWISE as ELEMENTWISE
 from sparse_embed._core.rowwise import REDUCTIONS as REDUCTIONS
 from sparse_embed._core.rowwise import bind_on_rows as bind_on_rows
 from sparse_embed._core.rowwise import is_row_wise as is_row_wise
+from sparse_embed._core.signature import signature as signature
 from sparse_embed._core.tuning import Tuning as Tuning
 from sparse_embed._core.tuning import in_blocks as in_blocks
 from sparse_embed._core.tuning import tuning as tuning

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._container import Listed, Part
-from sparse_embed._core import is_float, message, tuning, varying_axes
+from sparse_embed._core import is_concrete, is_float, message, tuning, varying_axes
 from sparse_embed._differentiate.delayed import Leaf, whole
 from sparse_embed._differentiate.plan import Plan, Site
 from sparse_embed._differentiate.program import Program, Tables, find_tables, trace
@@ -106,7 +106,7 @@ def _differentiate(
         ]
         grads[k] = Listed(parts, leaves[k].shape, leaves[k].dtype)
         gradients += [part.rows for part in parts]
-    if tables:
+    if tables and not is_concrete(*outs):
         _tie([*outs, *read], grads)
     large = [x for x in (*read, *gradients) if tuning.keeps(x)]
     return outs, [grads[k] for k in range(len(leaves))], large

@@ -22,11 +22,12 @@ from sparse_embed._update import (
     DEFER,
     LIST,
     BlockProgram,
+    Layouts,
+    StateLayout,
     Update,
     check_state,
     run_in_blocks,
     run_update,
-    state_layout,
     struct,
 )
 
@@ -115,12 +116,16 @@ def lazy(
             message(f"se.lazy(inner, clock={clock!r})", repr(clock), 'clock="global" or "row"')
         )
     inner = optax.with_extra_args_support(inner)
+    layouts = Layouts(inner)
+    separable: list[StateLayout] = []  # layouts for which that has been checked
 
     def init_fn(params: Any) -> LazyState:
         leaves = jax.tree.leaves(params)
         tables = [k for k, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0) and leaf.size]
-        layout = state_layout(inner, params, tables)
-        check_separable(inner, params, layout, tables)
+        layout = layouts.of(params, tables)
+        if not any(layout is known for known in separable):
+            check_separable(inner, params, layout, tables)
+            separable.append(layout)
         counts = new_row_counts(params, layout) if clock == "row" else {}
         inner_state = inner.init(params)
         warn_of_accumulators(inner_state)
@@ -137,7 +142,7 @@ def lazy(
         dense = [struct(g) for g in grads]
         like = jax.tree.unflatten(treedef, dense) if params is None else params
         tables = [k for k, g in enumerate(grads) if isinstance(g, RowSparse | Listed)]
-        layout = state_layout(inner, like, tables)
+        layout = layouts.of(like, tables)
         leaves = check_state(layout, state.inner_state)
         check_clock(clock, layout, updates, state.row_counts)
         return Update(inner, layout, treedef, grads), leaves

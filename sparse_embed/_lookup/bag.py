@@ -9,7 +9,14 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from sparse_embed._container import PADDED, flat_indices, gather_rows, nan_where, sum_dtype
+from sparse_embed._container import (
+    PADDED,
+    as_integers,
+    flat_indices,
+    gather_rows,
+    nan_where,
+    sum_dtype,
+)
 from sparse_embed._core import describe, is_concrete, message
 from sparse_embed._lookup.bag_reduce import (
     Bags,
@@ -21,7 +28,6 @@ from sparse_embed._lookup.bag_reduce import (
 )
 from sparse_embed._lookup.ids import (
     Mode,
-    as_integers,
     as_table,
     over_features,
     padding_row,

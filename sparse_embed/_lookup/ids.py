@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from sparse_embed._container import gather_rows
+from sparse_embed._container import as_integers, gather_rows, widened
 from sparse_embed._core import describe, message
 
 Mode = Literal["fill", "clip"]
@@ -32,19 +32,6 @@ def as_table(table: ArrayLike, call: str) -> Array:
     return table
 
 
-def as_integers(x: ArrayLike, name: str, call: str) -> Array:
-    """`x` as a jax array of integers; `name` is the argument's name."""
-    if isinstance(x, np.ndarray | np.generic) and np.issubdtype(x.dtype, np.integer):
-        # Of 64 bits jax may keep the low 32, and a huge id would come back as a valid one.
-        kept = jnp.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
-        x = np.clip(x, kept.min, kept.max)
-    array = jnp.asarray(x)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        wrote, got = f"{call}: {name} must be integers.", f"{name} {describe(array)}"
-        raise TypeError(message(wrote, got, f"{name}.astype(jnp.int32)"))
-    return array
-
-
 def row_numbers(ids: ArrayLike, num_rows: int, mode: Mode, call: str) -> Array:
     """The row each id reads, of the shape of `ids`; outside the table it reads none.
 
@@ -53,11 +40,7 @@ def row_numbers(ids: ArrayLike, num_rows: int, mode: Mode, call: str) -> Array:
     if mode not in ("fill", "clip"):
         wrote, got = f"{call}: mode={mode!r} is unknown.", f"mode {describe(mode)}"
         raise ValueError(message(wrote, got, 'mode="fill" or mode="clip"'))
-    ids = as_integers(ids, "ids", call)
-    if ids.dtype == jnp.uint32:
-        ids = jnp.minimum(ids, jnp.uint32(2**31 - 1))
-    if ids.dtype.itemsize <= 4:
-        ids = ids.astype(jnp.int32)
+    ids = widened(as_integers(ids, "ids", call))
     return jnp.clip(ids, 0, max(num_rows - 1, 0)) if mode == "clip" else ids
 
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from sparse_embed._container import flat_indices, gather_rows, sum_dtype
-from sparse_embed._lookup.ids import as_integers, as_table
+from sparse_embed._container import as_integers, flat_indices, gather_rows, sum_dtype
+from sparse_embed._lookup.ids import as_table
 
 
 def renorm(table: ArrayLike, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Array:

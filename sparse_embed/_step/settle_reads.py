@@ -1,4 +1,4 @@
-"""Before an exact optimizer's gradient is taken, every row that the loss reads is settled."""
+"""Before an exact optimizer's gradient is taken, the rows that the loss reads are settled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from sparse_embed._core import as_jaxpr, used_inputs
 Settle = Callable[..., tuple[Any, Any]]
 
 
-def settled(
+def settle_reads(
     settle: Settle, rows_read: Callable[[Any], Any], params: Any, opt_state: Any
 ) -> tuple[Any, Any]:
     """`params` and `opt_state` with all rows up to date that a function of `params` reads.
@@ -49,7 +49,7 @@ def settled(
 
     params, opt_state = jax.tree.map(jnp.asarray, (params, opt_state))
     none = jax.tree.map(lambda x: jnp.full_like(x, -1), rows)
-    start = params, opt_state, none, _together(rows)
+    start = params, opt_state.as_settled(), none, _together(rows)  # as each round returns it
     params, opt_state, *_ = jax.lax.while_loop(changed, again, start)
     return params, opt_state
 

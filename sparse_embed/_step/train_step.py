@@ -13,7 +13,7 @@ from sparse_embed._core import describe, message
 from sparse_embed._differentiate import gradients, touched, value_and_listed
 from sparse_embed._lazy import LazyState
 from sparse_embed._step.scratch import ScratchStep
-from sparse_embed._step.settle_reads import settled
+from sparse_embed._step.settle_reads import settle_reads
 from sparse_embed.exact import ExactState
 
 
@@ -25,11 +25,11 @@ class TrainStep:
 
     def __call__(self, params: Any, opt_state: Any, *args: Any) -> Any:
         _check_buffers(params, opt_state)
-        return self._step(params, opt_state, *args)
+        return self._step(params, _unsettled(opt_state), *args)
 
     def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:
         """As of `jax.jit(step, donate_argnums=(0, 1))`, without memory that calls keep on CPUs."""
-        return self._step.plain.lower(params, opt_state, *args)
+        return self._step.plain.lower(params, _unsettled(opt_state), *args)
 
 
 def train_step(
@@ -91,7 +91,7 @@ def train_step(
     def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, list[Array]]:
         if settle is not None:
             read = partial(rows_read, args)
-            params, opt_state = settled(settle, read, params, opt_state)
+            params, opt_state = settle_reads(settle, read, params, opt_state)
         elif any(map(_is_exact, jax.tree.leaves(opt_state, is_leaf=_is_exact))):
             raise TypeError(
                 message(
@@ -168,3 +168,8 @@ def _check_buffers(params: Any, opt_state: Any) -> None:
 
 def _is_exact(node: Any) -> bool:
     return isinstance(node, ExactState)
+
+
+def _unsettled(opt_state: Any) -> Any:
+    """A state that was settled is of another type: one compiled step takes both."""
+    return opt_state.unsettled() if _is_exact(opt_state) else opt_state

@@ -18,6 +18,7 @@ from sparse_embed._update.in_blocks import DEFER as DEFER
 from sparse_embed._update.in_blocks import LIST as LIST
 from sparse_embed._update.in_blocks import run_in_blocks as run_in_blocks
 from sparse_embed._update.layout import ELSEWHERE as ELSEWHERE
+from sparse_embed._update.layout import Layouts as Layouts
 from sparse_embed._update.layout import StateLayout as StateLayout
 from sparse_embed._update.layout import check_state as check_state
 from sparse_embed._update.layout import state_layout as state_layout

@@ -65,6 +65,7 @@ def run_update(
     args = arguments(job, engine, state, param_leaves)
     outs = engine.run(program, args)
     updates, new_state = outs[: len(job.grads)], outs[len(job.grads) :]
+    held = args[len(job.grads) :][: len(state)]
 
     new_counts = {name: list(rows) for name, rows in row_counts.items()}
     if row_counts:
@@ -87,7 +88,10 @@ def run_update(
                 new_counts[name][k] = set_rows(row_counts[name][k], grad.indices, rows)
     return (
         [_as_update(job, engine, k, u) for k, u in enumerate(updates)],
-        [_as_state(job, engine, i, *x) for i, x in enumerate(zip(state, new_state, strict=True))],
+        [
+            _as_state(job, engine, i, old, rows, new)
+            for i, (old, rows, new) in enumerate(zip(state, held, new_state, strict=True))
+        ],
         new_counts,
     )
 
@@ -146,8 +150,13 @@ def engine_of(
         {k: g.num_rows for k, g in tables.items()},
         {k: g.indices < g.num_rows for k, g in tables.items()},
         [*program[1], *state, *(params or [])],
-        lambda k, x: gather_rows(jnp.asarray(x), tables[k].indices),
+        lambda k, x: _gathered(jnp.asarray(x), tables[k].indices),
     )
+
+
+# Outside of any other jit it is one call. Not where users read rows: whoever reads them next would
+# be told the line of the first.
+_gathered = jax.jit(gather_rows, inline=True)
 
 
 def arguments(job: Update, engine: OnRows, state: list[Any], params: list[Any] | None) -> list[Any]:
@@ -177,11 +186,11 @@ def _as_update(job: Update, engine: OnRows, k: int, value: Any) -> Any:
     return RowSparse._make(grad.indices, jnp.where(real, rows, 0), grad.shape, True)
 
 
-def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
+def _as_state(job: Update, engine: OnRows, i: int, old: Any, held: Any, new: Any) -> Any:
     table = job.layout.table[i]
     if table not in job.tables:
         return as_array(new, job.layout.shapes[i].shape)
-    if new is old:
+    if new is old or new is held:
         return old
     grad = job.tables[table]
     rows = engine.block(new, table, grad.rows.shape[0])
@@ -190,7 +199,7 @@ def _as_state(job: Update, engine: OnRows, i: int, old: Any, new: Any) -> Any:
     # Padding writes nothing. Giving it the old rows makes the write wait for the read of them, also
     # where the new rows are not made of the old ones; else XLA would copy the whole leaf first.
     real = engine.real[table].reshape(-1, *(1,) * (rows.ndim - 1))
-    rows = jnp.where(real, rows.astype(old.dtype), engine.gather(table, old))
+    rows = jnp.where(real, rows.astype(old.dtype), held.block)
     return set_rows(jnp.asarray(old), grad.indices, rows)
 
 

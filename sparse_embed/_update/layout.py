@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_embed._core import describe, message
+from sparse_embed._core import describe, message, signature
 
 ELSEWHERE = -1  # a leaf that grows with a table in some other way: `optax.flatten`
 
@@ -44,6 +44,23 @@ class StateLayout:
             if beside:
                 found[i] = sorted(beside)
         return found
+
+
+class Layouts:
+    """The layouts of one transformation's state: found once for parameters of the same shapes."""
+
+    def __init__(self, inner: optax.GradientTransformation):
+        self._inner = inner
+        self._found: dict[Any, StateLayout] = {}
+
+    def of(self, params: Any, tables: Sequence[int]) -> StateLayout:
+        """As `state_layout`; the same object for the same shapes."""
+        key = signature(params), tuple(tables)
+        if key[0] is None:
+            return state_layout(self._inner, params, tables)
+        if key not in self._found:
+            self._found[key] = state_layout(self._inner, params, tables)
+        return self._found[key]
 
 
 def state_layout(

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from sparse_embed._core import describe, is_concrete, message
 from sparse_embed.exact._closed_form import ClosedForm
+from sparse_embed.exact._ledger import Constant
 from sparse_embed.exact._rest import Rest
 from sparse_embed.exact._transform import ExactTransformation
 
@@ -101,7 +102,7 @@ def fading(name: str, value: Any) -> float:
 
 
 def _schedule(value: ScalarOrSchedule) -> Callable[[Any], Any]:
-    return value if callable(value) else lambda count: value
+    return value if callable(value) else Constant(value)
 
 
 def _mask(mask: Any, params: Any) -> Any:

@@ -86,3 +86,19 @@ def check_state(call: str, state: Any) -> None:
                 "opt_state = tx.init(params), or tx.from_dense(params, dense_state)",
             )
         )
+
+
+def check_settled(state: ExactState) -> None:
+    """Before an update, the rows that have a gradient must have been brought up to date."""
+    if state.settled is None and jax.tree.leaves(state.clocks):
+        raise ValueError(
+            message(
+                "tx.update(grads, opt_state, params): the rows that the loss reads were not "
+                "settled before the gradient was taken.",
+                "opt_state as tx.init or tx.update returned it",
+                "params, opt_state = tx.settle(params, opt_state, se.touched(loss_fn)(params, "
+                "batch)), and then the gradient; or se.train_step, which does so. Inside another "
+                "transformation nothing can: se.exact.adam(1e-3, before=chain) in place of "
+                "optax.chain(chain, se.exact.adam(1e-3))",
+            )
+        )

@@ -25,6 +25,17 @@ from jax import Array
 
 Schedule = Callable[[Array], Any]
 
+
+@dataclass(frozen=True)
+class Constant:
+    """The schedule that has one value at every count."""
+
+    value: Any
+
+    def __call__(self, count: Array) -> Any:
+        return self.value
+
+
 _LAST = np.iinfo(np.int32).max  # where optax's counts stay
 
 
@@ -163,6 +174,8 @@ class Ledger:
 
 def _at(schedule: Schedule, counts: Array, dtype: Any) -> Array:
     """`schedule(count)` for each count; a schedule is written for one."""
+    if isinstance(schedule, Constant):
+        return jnp.broadcast_to(jnp.asarray(schedule.value, dtype), jnp.shape(counts))
     one = lambda count: jnp.asarray(schedule(count), dtype)  # noqa: E731
     return jax.vmap(one)(counts) if jnp.ndim(counts) else one(counts)
 

@@ -11,7 +11,7 @@ from jax import Array
 
 from sparse_embed._core import describe, message, path_name
 from sparse_embed._update import StateLayout, check_state, state_layout
-from sparse_embed.exact._ledger import Counts, Ledger
+from sparse_embed.exact._ledger import Constant, Counts, Ledger
 from sparse_embed.exact._rest_step import Program, RestStep, program_of
 from sparse_embed.exact._table import Block, Table
 from sparse_embed.exact._transform import Exact, ExactTransformation
@@ -75,7 +75,7 @@ class Replay(Exact):
         state = check_state(layout, inner_state)
         leaves = [leaf for _, leaf in with_paths]
         program = program_of(self.dense, params, layout)
-        none = Ledger(lambda count: 0.0, None, False, (), jnp.float32)
+        none = Ledger(Constant(0.0), None, False, (), jnp.float32)
         counts = Counts(step, step, step)
         found = {}
         for k in self._rows_of(program, leaves, layout):

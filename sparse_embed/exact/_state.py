@@ -1,11 +1,13 @@
 """State of the exact optimizers, and where optax keeps what belongs to rows."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from sparse_embed.exact._ledger import Counts
 
@@ -32,6 +34,17 @@ class RowClock(NamedTuple):
     mark: Array
 
 
+def new_clock(num_rows: int, step: Array, now: ArrayLike, mark: ArrayLike) -> RowClock:
+    """The clock of rows that are all up to date."""
+    now, mark = jnp.asarray(now), jnp.asarray(mark)
+    return RowClock(*_of_each_row(num_rows, step, now), now, mark)
+
+
+@partial(jax.jit, inline=True, static_argnums=0)
+def _of_each_row(num_rows: int, step: Array, now: Array) -> tuple[Array, Array]:
+    return jnp.broadcast_to(step, (num_rows,)), jnp.broadcast_to(now, (num_rows, *now.shape))
+
+
 class ExactState(NamedTuple):
     """State of an exact optimizer.
 
@@ -40,6 +53,8 @@ class ExactState(NamedTuple):
         behind in it; after `settle` of all rows it is the dense state.
       step: int32, steps made. It wraps around; only differences count.
       clocks: for each parameter leaf a `RowClock`; `None` where no row can be behind.
+      settled: `()` in a state that `settle` returned, `None` in any other. It has no leaves, so it
+        is known while a step is traced: `update` refuses a state that was not settled.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -51,6 +66,15 @@ class ExactState(NamedTuple):
     inner_state: Any
     step: Array
     clocks: Any
+    settled: tuple[()] | None = None
+
+    def as_settled(self) -> "ExactState":
+        """The same state, as `settle` returns it."""
+        return self._replace(settled=())
+
+    def unsettled(self) -> "ExactState":
+        """The same state, as `init` and `update` return it: what a `scan` carries on."""
+        return self._replace(settled=None)
 
 
 def counts(core_state: Any, step: Array, treedef: Any) -> Counts:

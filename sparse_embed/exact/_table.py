@@ -11,7 +11,7 @@ from jax import Array
 from sparse_embed._container import RowSparse, gather_rows, nan_where, set_rows
 from sparse_embed._core import is_concrete, message
 from sparse_embed.exact._ledger import Counts, Ledger
-from sparse_embed.exact._state import RowClock, behind
+from sparse_embed.exact._state import RowClock, behind, new_clock
 
 BLOCK = 4096  # rows that `settle` of a whole table works on at a time
 
@@ -96,9 +96,7 @@ class Table:
 
     def start(self, num_rows: int) -> RowClock:
         """The clock of rows that are all up to date."""
-        now = self.ledger.start(self.counts)
-        rows = jnp.broadcast_to(self.step, (num_rows,))
-        return RowClock(rows, jnp.tile(now, (num_rows, 1)), now, self.marked(0))
+        return new_clock(num_rows, self.step, self.ledger.start(self.counts), self.marked(0))
 
     def settled(self, held: Held) -> Held:
         """Brings all rows up to date, a block of rows at a time; nothing, if they all are."""

@@ -1,26 +1,29 @@
 """What all exact optimizers share: init, settle, update, conversion."""
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from sparse_embed._container import distinct, flat_indices, gather_rows, is_row_sparse
-from sparse_embed._core import ask_for_huge_pages
-from sparse_embed._lazy import LazyState, lazy
+from sparse_embed._core import ask_for_huge_pages, is_concrete, signature
+from sparse_embed._lazy import LazyState, LazyTransformation, lazy
 from sparse_embed.exact._checks import (
     check_dense_state,
     check_finite,
     check_rows,
+    check_settled,
     check_state,
     clocks_of,
     ids_of,
 )
-from sparse_embed.exact._state import ExactState
+from sparse_embed.exact._state import ExactState, new_clock
 from sparse_embed.exact._table import Table, raise_if_other
 
 
@@ -68,6 +71,11 @@ class Exact(abc.ABC):
     def inner(self) -> optax.GradientTransformation:
         """The dense optimizer."""
 
+    @functools.cached_property
+    def on_touched(self) -> LazyTransformation:
+        """The dense optimizer on touched rows, which do not catch up by themselves."""
+        return lazy(self.inner)
+
     @abc.abstractmethod
     def tables(self, params: Any, inner_state: Any, step: Array) -> dict[int, Table]:
         """The leaves on which something happens in a gap."""
@@ -107,18 +115,41 @@ class Exact(abc.ABC):
         return tx
 
     def init(self, params: Any) -> ExactState:
-        self.check(params)
-        inner_state = lazy(self.inner).init(params).inner_state
-        return self.from_dense(params, inner_state)
+        key = signature(params)
+        known = self._first_sums.get(key)
+        if known is None:
+            self.check(params)
+        inner_state = self.on_touched.init(params).inner_state
+        state = self._started(params, inner_state, known or {})
+        clocks = _flat(params)[1].flatten_up_to(state.clocks)
+        if known is None and key is not None and is_concrete(*jax.tree.leaves(clocks)):
+            self._first_sums[key] = {
+                k: (np.asarray(clock.now), np.asarray(clock.mark))
+                for k, clock in enumerate(clocks)
+                if clock is not None
+            }
+        return state
 
     def from_dense(self, params: Any, inner_state: Any) -> ExactState:
+        check_dense_state(self.inner, params, inner_state)
+        return self._started(params, inner_state, {})
+
+    @functools.cached_property
+    def _first_sums(self) -> dict[Any, dict[int, Any]]:
+        """For parameters of known shapes, the sums and the mark of each table at its first step."""
+        return {}
+
+    def _started(self, params: Any, inner_state: Any, known: dict[int, Any]) -> ExactState:
         step = jnp.zeros((), jnp.int32)
         leaves, treedef = _flat(params)
         made: list[Any] = [None] * len(leaves)
-        check_dense_state(self.inner, params, inner_state)
-        for k, table in self.tables(params, inner_state, step).items():
-            made[k] = jax.jit(table.start, static_argnums=0)(jnp.shape(leaves[k])[0])
-            check_finite(table.name, made[k].now)
+        if known:
+            for k, sums in known.items():
+                made[k] = new_clock(jnp.shape(leaves[k])[0], step, *sums)
+        else:
+            for k, table in self.tables(params, inner_state, step).items():
+                made[k] = table.start(jnp.shape(leaves[k])[0])
+                check_finite(table.name, made[k].now)
         ask_for_huge_pages(made)
         return ExactState(inner_state, step, treedef.unflatten(made))
 
@@ -143,7 +174,7 @@ class Exact(abc.ABC):
                 own = table.settled_rows(indices, own)
             leaves[k], held[k], clocks[k] = own
         inner_state = self.with_held(params, state.inner_state, held)
-        settled = ExactState(inner_state, state.step, treedef.unflatten(clocks))
+        settled = ExactState(inner_state, state.step, treedef.unflatten(clocks)).as_settled()
         return treedef.unflatten(leaves), settled, agreeing
 
     def view(self, params: Any, state: ExactState, ids: Any) -> Any:
@@ -168,8 +199,9 @@ class Exact(abc.ABC):
 
     def update(self, grads: Any, state: ExactState, params: Any = None, **extra: Any) -> Any:
         check_state("tx.update(grads, opt_state, params)", state)
+        check_settled(state)
         old = LazyState(state.inner_state, {})
-        updates, new = lazy(self.inner).listed_update(grads, old, params, **extra)
+        updates, new = self.on_touched.listed_update(grads, old, params, **extra)
         leaves, treedef = _flat(updates)
         clocks = treedef.flatten_up_to(state.clocks)
         shapes = [jax.ShapeDtypeStruct(jnp.shape(u), jnp.result_type(u)) for u in leaves]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import small_blocks, temp_bytes
+from helpers import numbers, small_blocks, temp_bytes
 
 import sparse_embed as se
 from sparse_embed._update import in_blocks
@@ -132,7 +132,7 @@ def test_whatever_is_done_with_updates(name, clock, use):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         rtol = 1e-2 if a.dtype == jnp.bfloat16 else 1e-5
-        np.testing.assert_allclose(*(np.asarray(x, np.float64) for x in (a, b)), rtol, atol=1e-6)
+        np.testing.assert_allclose(numbers(a), numbers(b), rtol, atol=1e-6)
 
 
 def test_steps_in_a_scan():

@@ -26,3 +26,5 @@ from sparse_embed.transforms import ParamsEmaState as ParamsEmaState
 from sparse_embed.transforms import RowwiseAdagradState as RowwiseAdagradState
 from sparse_embed.transforms import params_ema as params_ema
 from sparse_embed.transforms import rowwise_adagrad as rowwise_adagrad
+
+__version__ = "0.1.0"

@@ -10,7 +10,7 @@ import optax
 
 from sparse_embed._audit import hlo
 from sparse_embed._audit.report import ArrayReport, AuditReport, OperationReport
-from sparse_embed._core import PACKAGE, describe, message
+from sparse_embed._core import PACKAGE, check_function, describe, message
 from sparse_embed._differentiate import Program, Walk, trace
 
 # Instructions that only name a buffer that is there already.
@@ -34,6 +34,7 @@ def audit(step: Callable[..., Any], *args: Any) -> AuditReport:
       An `AuditReport`.
 
     Raises:
+      TypeError: `step` is no function, or its arguments are left out.
       ValueError: the step reads no table by row.
 
     Example:
@@ -45,6 +46,15 @@ def audit(step: Callable[..., Any], *args: Any) -> AuditReport:
       >>> report.ok, [a.status for a in report.arrays]
       (True, ['in place', 'in place', 'in place'])
     """
+    check_function(step, "se.audit(step, params, ...)", "se.audit(step, params, opt_state, batch)")
+    if not args:
+        raise TypeError(
+            message(
+                "se.audit(step, params, ...): the arguments of the step are left out.",
+                "a step alone",
+                "se.audit(step, params, opt_state, batch)",
+            )
+        )
     tables, skipped = _tables(trace(step, _array_args(args), args, {}))
     if not tables and not skipped:
         raise ValueError(
@@ -74,7 +84,9 @@ def assert_row_sparse(step: Callable[..., Any], *args: Any) -> None:
       *args: as in `audit`.
 
     Raises:
-      AssertionError: an array is copied, or an operation makes a table-sized one; with the report.
+      AssertionError: an array is copied, or an operation makes a table-sized one, with the report;
+        or every table has no more rows than the step looks up, so that nothing can be told.
+      TypeError: as `audit`.
       ValueError: as `audit`.
 
     Example:
@@ -85,6 +97,15 @@ def assert_row_sparse(step: Callable[..., Any], *args: Any) -> None:
       >>> se.assert_row_sparse(step, params, tx.init(params), jnp.array([3, 8]))
     """
     report = audit(step, *args)
+    if report.skipped and not report.arrays:
+        raise AssertionError(
+            message(
+                "se.assert_row_sparse(step, ...): nothing can be told of this step, since all of "
+                "its tables have no more rows than it looks up.",
+                ", ".join(report.skipped),
+                "the same with taller tables, or fewer ids",
+            )
+        )
     if not report.ok:
         raise AssertionError(f"se.assert_row_sparse(step, ...): the step is not.\n{report}")
 

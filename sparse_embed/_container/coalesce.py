@@ -1,6 +1,5 @@
 """`coalesce`: each row listed once."""
 
-import operator
 from typing import Literal, overload
 
 import jax.numpy as jnp
@@ -8,7 +7,7 @@ from jax import Array
 
 from sparse_embed._container.row_sparse import RowSparse, checked, sum_repeats
 from sparse_embed._container.segments import nan_where, segment_count
-from sparse_embed._core import describe, is_concrete, message
+from sparse_embed._core import describe, is_concrete, message, whole_number
 
 
 @overload
@@ -37,9 +36,10 @@ def coalesce(
       `>= num_rows`, zero rows); with `return_counts` also `[size]` int32, 0 for padding.
 
     Raises:
-      TypeError: `grad` is not a `RowSparse`, or a stock transform was applied to it.
-      ValueError: `size` is smaller than the number of distinct rows. Inside a compiled function,
-        where that number is not known, all rows come out as NaN instead: nothing is lost silently.
+      TypeError: `grad` is not a `RowSparse`, or `size` is no whole number.
+      ValueError: `grad` is a stack of several; `size` is below 1 where rows are listed, or smaller
+        than the number of distinct rows. Inside a compiled function, where that number is not
+        known, all rows come out as NaN instead: nothing is lost silently.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -58,7 +58,16 @@ def coalesce(
         )
     grad = checked(grad, "se.coalesce(grad)")
     enough = min(grad.indices.size, grad.num_rows)
-    size = enough if size is None else operator.index(size)
+    call = "se.coalesce(grad, size=...)"
+    size = enough if size is None else whole_number(size, "size", call, "size=ids.size")
+    if size < min(enough, 1):  # there would be no row to show that others are lost
+        raise ValueError(
+            message(
+                f"{call}: there must be room for one row at least.",
+                f"size={size} for {grad.indices.size} rows listed",
+                "size=ids.size, or leave size out",
+            )
+        )
     out, slots = sum_repeats(grad, size)
     if size < enough:
         rows = _check_size(out.rows, slots.number, size)

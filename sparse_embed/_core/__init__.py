@@ -5,6 +5,11 @@ Out: what an equation is and whether it is row-wise; three-part messages; huge p
 Never: a table, a gradient or an optimizer. Whatever depends on the jax version is in `jaxpr`.
 """
 
+from sparse_embed._core.arguments import argument_numbers as argument_numbers
+from sparse_embed._core.arguments import check_function as check_function
+from sparse_embed._core.arguments import check_scalar as check_scalar
+from sparse_embed._core.arguments import check_transformation as check_transformation
+from sparse_embed._core.arguments import whole_number as whole_number
 from sparse_embed._core.errors import describe as describe
 from sparse_embed._core.errors import is_concrete as is_concrete
 from sparse_embed._core.errors import message as message
@@ -27,6 +32,7 @@ from sparse_embed._core.jaxpr import trace_state as trace_state
 from sparse_embed._core.jaxpr import transform_name as transform_name
 from sparse_embed._core.jaxpr import used_inputs as used_inputs
 from sparse_embed._core.jaxpr import varying_axes as varying_axes
+from sparse_embed._core.jaxpr import while_tracing as while_tracing
 from sparse_embed._core.pages import ask_for_huge_pages as ask_for_huge_pages
 from sparse_embed._core.rowwise import ELEMENTWISE as ELEMENTWISE
 from sparse_embed._core.rowwise import REDUCTIONS as REDUCTIONS

@@ -21,7 +21,7 @@ def message(wrote: str, got: str, instead: str) -> str:
 
 
 def describe(x: Any) -> str:
-    """`float32[4,3]` for an array, the type's name for anything else."""
+    """`float32[4,3]` for an array, the type's name and a short value for anything else."""
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return f"{type(x).__name__} ({x!r})" if np.isscalar(x) else type(x).__name__

@@ -4,8 +4,9 @@ Nothing here carries a stability promise from jax, so it is kept in one place an
 `tests/programs.py` is run on both ends of the supported range.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +91,16 @@ def bind(eqn: JaxprEqn, values: Sequence[Any], **changes: Any) -> list[Array]:
     ):
         out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def while_tracing() -> Iterator[None]:
+    """Within it, operations on known numbers run at once, also where a function is traced.
+
+    Such numbers are no data of the user's, whose transfers `jax.transfer_guard` may forbid.
+    """
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+        yield
 
 
 def is_float(aval: Any) -> bool:

@@ -1,5 +1,6 @@
 """The numbers that decide how a step uses the memory of a CPU, in one place."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -7,6 +8,24 @@ from typing import Any
 import jax
 from jax.core import Tracer
 from jax.interpreters.partial_eval import DynamicJaxprTracer
+
+from sparse_embed._core.errors import describe, message
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "block_rows": (_is_whole, "a whole number above 0"),
+    "window_bytes": (_is_whole, "a whole number above 0"),
+    "kept_bytes": (_is_size, 'a number of at least 0, or float("inf")'),
+    "huge_pages": (lambda value: isinstance(value, bool), "True or False"),
+}
 
 
 @dataclass
@@ -29,6 +48,10 @@ class Tuning:
       huge_pages: whether Linux is asked for huge pages under tables and their optimizer's state, at
         `init` and in the first step of a `train_step`. It is not where the system gives none.
 
+    Raises:
+      ValueError: when set, to what such a number cannot be.
+      AttributeError: when set, a number that there is not.
+
     Example:
       >>> import sparse_embed as se
       >>> se.tuning.block_rows
@@ -41,6 +64,20 @@ class Tuning:
     window_bytes: int = 8_000_000
     kept_bytes: float = 8_000_000  # `float("inf")`: nothing
     huge_pages: bool = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check, wanted = _ALLOWED.get(name, (None, ""))
+        wrote = f"se.tuning.{name} = {value!r}"
+        if check is None:
+            instead = " or ".join(f"se.tuning.{known} = ..." for known in _ALLOWED)
+            raise AttributeError(message(f"{wrote}: there is no such number.", name, instead))
+        if not check(value):
+            got, instead = (
+                f"{name} {describe(value)}",
+                f"se.tuning.{name} = {Tuning.__dict__[name]}",
+            )
+            raise ValueError(message(f"{wrote}: it must be {wanted}.", got, instead))
+        super().__setattr__(name, value)
 
     def keeps(self, x: Any) -> bool:
         """Whether the memory of an array is kept from one step to the next, on CPUs."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from sparse_embed._container import RowSparse
-from sparse_embed._core import in_blocks
+from sparse_embed._core import argument_numbers, check_function, in_blocks
 from sparse_embed._differentiate.program import Tables
 from sparse_embed._differentiate.taps import is_listed, value_and_listed
 
@@ -42,7 +42,8 @@ def value_and_grad(
 
     Raises:
       ValueError: when called, where `tables` names a leaf that is used whole.
-      TypeError: JAX's own, for integer arguments or a value that is not a scalar.
+      TypeError: `fun` is no function, or `argnums` no argument numbers; when called, JAX's own, for
+        integer arguments or a value that is not a scalar.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -54,7 +55,8 @@ def value_and_grad(
       >>> grads["w"].tolist()
       [3.0, 3.0]
     """
-
+    check_function(fun, "se.value_and_grad(fun)", "se.value_and_grad(loss_fn)(params, batch)")
+    argnums = argument_numbers(argnums, "se.value_and_grad(fun, argnums)")
     listing = value_and_listed(fun, argnums, has_aux, tables=tables)
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
@@ -91,6 +93,8 @@ def grad(
       >>> se.grad(lambda t: jnp.sum(t[jnp.array([2])]))(jnp.ones((4, 1))).indices.tolist()
       [2]
     """
+    check_function(fun, "se.grad(fun)", "se.grad(loss_fn)(params, batch)")
+    argnums = argument_numbers(argnums, "se.grad(fun, argnums)")
     both = value_and_grad(fun, argnums, has_aux, tables=tables)
 
     def grad_fun(*args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from jax import Array
 from jax.experimental import checkify
 
 from sparse_embed._container import PADDED, distinct, flat_indices
-from sparse_embed._core import describe, message
+from sparse_embed._core import argument_numbers, check_function, describe, message
 from sparse_embed._differentiate.delayed import Leaf
 from sparse_embed._differentiate.plan import Plan, Site
 from sparse_embed._differentiate.program import Program, trace
@@ -29,6 +29,7 @@ def touched(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Callab
       that is read only by row, and `None` for every other leaf.
 
     Raises:
+      TypeError: `fun` is no function, or `argnums` no argument numbers.
       ValueError: when called, where rows are read inside a `while_loop`.
 
     Example:
@@ -38,6 +39,9 @@ def touched(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Callab
       >>> rows["a"].tolist(), rows["b"]
       ([1, 4, 9], None)
     """
+
+    check_function(fun, "se.touched(fun)", "se.touched(loss_fn)(params, batch)")
+    argnums = argument_numbers(argnums, "se.touched(fun, argnums)")
 
     def touched_fun(*args: Any, **kwargs: Any) -> Any:
         program = trace(fun, argnums, args, kwargs)
@@ -67,6 +71,7 @@ def check_ids(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Call
     Raises:
       jax.experimental.checkify.JaxRuntimeError: an id is out of range. The message names the id,
         the table and the line of the lookup.
+      TypeError: `fun` is no function, or `argnums` no argument numbers.
       ValueError: rows are read inside a `while_loop`.
 
     Example:
@@ -77,6 +82,9 @@ def check_ids(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Call
       >>> err.get().split(",")[0]
       "id 9 is out of range for params['user'] float32[6"
     """
+
+    check_function(fun, "se.check_ids(fun)", "se.check_ids(loss_fn)(params, batch)")
+    argnums = argument_numbers(argnums, "se.check_ids(fun, argnums)")
 
     def check_fun(*args: Any, **kwargs: Any) -> None:
         program = trace(fun, argnums, args, kwargs)

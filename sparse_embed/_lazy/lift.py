@@ -7,7 +7,13 @@ import jax
 import optax
 
 from sparse_embed._container import Listed, RowSparse, as_listed, is_row_sparse, unsummed
-from sparse_embed._core import ask_for_huge_pages, describe, in_blocks, message
+from sparse_embed._core import (
+    ask_for_huge_pages,
+    check_transformation,
+    describe,
+    in_blocks,
+    message,
+)
 from sparse_embed._lazy.separable import check_separable
 from sparse_embed._lazy.state import (
     LazyState,
@@ -95,14 +101,8 @@ def lazy(
       >>> updates["table"].indices.tolist(), updates["table"].rows.round(3).tolist()
       ([3], [[-0.1, -0.1]])
     """
-    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
-        raise TypeError(
-            message(
-                "se.lazy(inner): inner must be an optax transformation.",
-                describe(inner),
-                "se.lazy(optax.adam(1e-3))",
-            )
-        )
+    wrote = "se.lazy(inner): inner must be an optax transformation."
+    check_transformation(inner, wrote, "se.lazy(optax.adam(1e-3))")
     if hasattr(inner, "settle"):
         raise TypeError(
             message(

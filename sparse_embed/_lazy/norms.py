@@ -1,12 +1,15 @@
 """Norms of gradients that mix dense leaves and `RowSparse`."""
 
+from numbers import Number
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import Array
 
 from sparse_embed._container import is_row_sparse, summed
+from sparse_embed._core import check_scalar, describe, message
 from sparse_embed._lazy.lift import lazy
 
 
@@ -17,10 +20,14 @@ def global_norm(updates: Any) -> Array:
     of the dense tree.
 
     Args:
-      updates: tree of arrays and `RowSparse`.
+      updates: tree of arrays of any shape and `RowSparse`.
 
     Returns:
-      A scalar.
+      `[]`, a scalar in the widest dtype of the leaves.
+
+    Raises:
+      TypeError: a leaf is neither an array nor a `RowSparse`.
+      ValueError: a `RowSparse` is a stack of several, as by `vmap`.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -29,6 +36,12 @@ def global_norm(updates: Any) -> Array:
       5.0
     """
     leaves = jax.tree.leaves(updates, is_leaf=is_row_sparse)
+    for x in leaves:
+        if not is_row_sparse(x) and not isinstance(x, Number | np.ndarray | np.generic | Array):
+            wrote = "se.global_norm(grads): a leaf is no array."
+            raise TypeError(
+                message(wrote, describe(x), "se.global_norm(grads) of a tree of arrays")
+            )
     # Padding rows of a coalesced gradient are zero, so its rows have the norm of the whole.
     rows = [summed(x, "se.global_norm(grads)").rows if is_row_sparse(x) else x for x in leaves]
     return optax.tree.norm(rows)
@@ -41,10 +54,13 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
     same; this one stands outside.
 
     Args:
-      max_norm: the largest norm to let through.
+      max_norm: `[]`, the largest norm to let through.
 
     Returns:
-      An optax transformation.
+      An optax transformation. It keeps no state; updates keep their shapes and dtypes.
+
+    Raises:
+      TypeError: `max_norm` is not a number.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -54,4 +70,6 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
       >>> clipped["table"].rows.tolist()
       [[1.0], [0.0]]
     """
+    call = "se.clip_by_global_norm(max_norm)"
+    check_scalar(max_norm, "max_norm", call, "se.clip_by_global_norm(1.0)")
     return lazy(optax.clip_by_global_norm(max_norm))

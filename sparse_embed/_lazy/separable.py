@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparse_embed._container import RowSparse
@@ -73,7 +74,7 @@ def _dry_run(
     found: list[Any] = []
 
     def attempt(state: list[Any], params: list[Any]) -> None:
-        for extra in ({}, {"value": jnp.float32(0)}):
+        for extra in ({}, {"value": np.float32(0)}):
             try:
                 program, trees = traced(job, state, params, extra)
             except (TypeError, ValueError):  # it asks for arguments that only the loop has

@@ -48,8 +48,12 @@ def warn_of_accumulators(inner_state: Any) -> None:
             return
 
 
-def new_row_counts(params: Any, layout: StateLayout) -> dict[str, list[Array]]:
+def new_row_counts(params: Any, layout: StateLayout) -> Any:
     with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    if (
+        not with_paths
+    ):  # `optax.tree.map_params` asks: one leaf, which is no parameter, for them all
+        return jnp.zeros((), jnp.int32)
     counts = layout.counts([path for path, _ in with_paths])
     heights = [jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for _, leaf in with_paths]
     return {

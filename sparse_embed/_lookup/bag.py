@@ -1,6 +1,5 @@
 """`lookup_bag`: bags of ids, each reduced to one row."""
 
-import operator
 from typing import Literal
 
 import jax
@@ -17,7 +16,7 @@ from sparse_embed._container import (
     nan_where,
     sum_dtype,
 )
-from sparse_embed._core import describe, is_concrete, message
+from sparse_embed._core import describe, is_concrete, message, whole_number
 from sparse_embed._lookup.bag_reduce import (
     Bags,
     DenseBags,
@@ -204,7 +203,7 @@ def _bags_by_segment_ids(n: int, segment_ids: ArrayLike, num_segments: int | Non
         wrote = f"{_CALL}: segment_ids must name one bag for each id."
         got = f"segment_ids {describe(segment_ids)} for {n} ids"
         raise ValueError(message(wrote, got, "segment_ids of the shape of ids"))
-    num_bags = operator.index(num_segments)
+    num_bags = _number_of_bags(num_segments)
     return RaggedBags(flat_indices(segment_ids, num_bags), num_bags)
 
 
@@ -212,7 +211,7 @@ def _bags_by_offsets(
     n: int, given: ArrayLike, num_segments: int | None
 ) -> tuple[RaggedBags, Array | None]:
     offsets = as_integers(given, "offsets", _CALL)
-    num_bags = offsets.size if num_segments is None else operator.index(num_segments)
+    num_bags = offsets.size if num_segments is None else _number_of_bags(num_segments)
     if offsets.ndim != 1 or offsets.size not in (num_bags, num_bags + 1):
         wrote = f"{_CALL}: offsets must hold where each bag starts, one number a bag."
         got = f"offsets {describe(offsets)}, num_segments={num_segments}"
@@ -223,6 +222,15 @@ def _bags_by_offsets(
         _check_offsets(np.asarray(given), n)
     bags, bad = bags_of_offsets(offsets, n, num_bags)
     return bags, None if known else bad
+
+
+def _number_of_bags(num_segments: int) -> int:
+    instead = "num_segments=batch_size"
+    found = whole_number(num_segments, "num_segments", _CALL, instead)
+    if found < 0:
+        wrote = f"{_CALL}: num_segments must not be negative."
+        raise ValueError(message(wrote, f"num_segments={found}", instead))
+    return found
 
 
 def _check_offsets(offsets: np.ndarray, n: int) -> None:

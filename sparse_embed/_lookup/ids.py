@@ -3,7 +3,6 @@
 Letters: V the rows of the table.
 """
 
-import operator
 from typing import Any, Literal
 
 import jax
@@ -13,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sparse_embed._container import as_integers, gather_rows, widened
-from sparse_embed._core import describe, message
+from sparse_embed._core import describe, message, whole_number
 
 Mode = Literal["fill", "clip"]
 
@@ -46,7 +45,7 @@ def row_numbers(ids: ArrayLike, num_rows: int, mode: Mode, call: str) -> Array:
 
 def padding_row(padding_idx: Any, num_rows: int, call: str) -> int:
     """`padding_idx` in `[0, V)`; a negative one counts from the end."""
-    pad = operator.index(padding_idx)
+    pad = whole_number(padding_idx, "padding_idx", call, "padding_idx=0, or padding_idx=None")
     if not -num_rows <= pad < num_rows:
         raise ValueError(
             message(

@@ -5,6 +5,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sparse_embed._container import as_integers, flat_indices, gather_rows, sum_dtype
+from sparse_embed._core import check_scalar
 from sparse_embed._lookup.ids import as_table
 
 
@@ -28,7 +29,8 @@ def renorm(table: ArrayLike, ids: ArrayLike, max_norm: float, norm_type: float =
       `[V, *features]` in the table's dtype; norms are computed in at least float32.
 
     Raises:
-      TypeError: `table` is not an array of floats, or `ids` are not integers.
+      TypeError: `table` is not an array of floats, `ids` are not integers, or `max_norm` or
+        `norm_type` is not a number.
       ValueError: `table` is a scalar.
 
     Example:
@@ -40,6 +42,8 @@ def renorm(table: ArrayLike, ids: ArrayLike, max_norm: float, norm_type: float =
     This is `max_norm` of `torch.nn.functional.embedding`.
     """
     call = "se.renorm(table, ids, max_norm)"
+    check_scalar(max_norm, "max_norm", call, "se.renorm(table, ids, max_norm=1.0)")
+    check_scalar(norm_type, "norm_type", call, "norm_type=2.0, or jnp.inf")
     table = as_table(table, call)
     indices = flat_indices(as_integers(ids, "ids", call).reshape(-1), table.shape[0])
     if table.size == 0 or indices.size == 0:

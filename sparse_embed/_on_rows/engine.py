@@ -12,8 +12,8 @@ Any other equation makes its outputs `Refused`, with the reason; whoever needs o
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sparse_embed._core import (
@@ -27,10 +27,11 @@ from sparse_embed._core import (
     bind_on_rows,
     called_jaxpr,
     is_row_wise,
-    open_jaxpr,
     source_line,
     transform_name,
+    while_tracing,
 )
+from sparse_embed._on_rows.branches import run_cond
 from sparse_embed._on_rows.reductions import Reduction
 from sparse_embed._on_rows.untouched import known, untouched_value
 from sparse_embed._on_rows.values import (
@@ -39,7 +40,6 @@ from sparse_embed._on_rows.values import (
     Rows,
     is_tall,
     laid_out,
-    merge_kinds,
     spread_over,
     tables_of,
 )
@@ -64,6 +64,7 @@ class OnRows:
     ):
         self.heights, self.real, self.gather = heights, real, gather
         self.given = {id(x) for x in given}
+        self.apart = 0  # branches around the current equation that not all rows take
         self._calls: list[JaxprEqn] = []  # the calls that the current equation is in
 
     def run(
@@ -113,7 +114,8 @@ class OnRows:
         if name in CALLS or name in CUSTOM_RULES:
             self._calls.append(eqn)
             outs = self.run(called_jaxpr(eqn), values)
-            return self._calls.pop() and outs
+            self._calls.pop()
+            return outs
         if name == "cond":
             return self._cond(eqn, values)
         refused = [v for v in special if isinstance(v, Refused)]
@@ -135,8 +137,8 @@ class OnRows:
             block = bind(eqn, values, shape=(1, *p["shape"][1:]))[0]
             return [Rows(block, None, known(values[0]))]
         if eqn.primitive.name in ELEMENTWISE and all(known(v) is not None for v in values):
-            with jax.ensure_compile_time_eval():  # a number stays a known one
-                return bind(eqn, values)
+            with while_tracing():  # a number stays a known one
+                return [np.asarray(x)[()] for x in bind(eqn, values)]
         return bind(eqn, values)
 
     def _row_wise(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
@@ -146,7 +148,7 @@ class OnRows:
             # The same row all over, in the company of an ordinary array.
             return bind(eqn, [laid_out(v, x) for v, x in zip(values, eqn.invars, strict=True)])
         if len(tables) > 1 or not is_row_wise(eqn, tagged):
-            return self._refuse(eqn, tables, "needs all rows at once")
+            return self.refuse(eqn, tables, "needs all rows at once")
         known_values = [v.untouched if isinstance(v, Rows) else known(v) for v in values]
         untouched = untouched_value(eqn, known_values)
         if not tables:
@@ -158,7 +160,7 @@ class OnRows:
             tall = x.aval.shape[:1] == (height,) != (1,)
             block = self.block(v, table, n) if tall or isinstance(v, Rows) else v
             if isinstance(block, Refused):
-                return self._refuse(eqn, tables, "takes an array made for every row")
+                return self.refuse(eqn, tables, "takes an array made for every row")
             blocks.append(block)
         return [Rows(b, table, untouched) for b in bind_on_rows(eqn, blocks, n)]
 
@@ -169,7 +171,9 @@ class OnRows:
             return bind(eqn, [laid_out(x, eqn.invars[0])])
         if x.untouched is None or (summing and x.untouched != 0) or name == "reduce_prod":
             why = "adds up" if summing else "compares"
-            return self._refuse(eqn, tables, f"{why} all rows, the untouched ones too")
+            return self.refuse(eqn, tables, f"{why} all rows, the untouched ones too")
+        if self.apart:
+            return self.refuse(eqn, tables, "reduces rows of which some take another branch")
         path = (*map(id, self._calls), id(eqn))
         return [self.reduce(path, Reduction(eqn, x.table, x.untouched), x.block)]
 
@@ -191,12 +195,12 @@ class OnRows:
             block = jnp.broadcast_to(spread[0], (n, *eqn.params["shape"][1:]))
             return [Rows(block, table)]
         if len(tables) > 1 or name not in ELEMENTWISE:
-            return self._refuse(eqn, tables, "needs one count for all rows")
+            return self.refuse(eqn, tables, "needs one count for all rows")
         if ndim == 0:
             spread = [jnp.broadcast_to(v, (n,)) for v in spread]
             return [PerRow(b, table) for b in bind(eqn, spread)]
         if eqn.outvars[0].aval.shape[0] != self.heights[table]:
-            return self._refuse(eqn, tables, "needs one count for all rows")
+            return self.refuse(eqn, tables, "needs one count for all rows")
         shape = (n, *eqn.outvars[0].aval.shape[1:])
         own = [
             isinstance(v, PerRow) or not x.aval.shape
@@ -204,45 +208,15 @@ class OnRows:
         ]
         blocks = [v if o else self.block(v, table, n) for v, o in zip(spread, own, strict=True)]
         if any(isinstance(b, Refused) for b in blocks):  # a leaf that is as long as the table
-            return self._refuse(eqn, tables, "needs one count for all rows")
+            return self.refuse(eqn, tables, "needs one count for all rows")
         blocks = [b if jnp.ndim(b) == 0 else jnp.broadcast_to(b, shape) for b in blocks]
         return [Rows(b, table) for b in bind_on_rows(eqn, blocks, n)]
 
     def _cond(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-        index, *operands = values
-        if isinstance(index, Rows | PerRow | Refused):
-            return self._refuse(eqn, tables_of([index]), "branches on a value of some rows")
-        kinds: list[list[Any]] = []
-        bodies = [open_jaxpr(b) for b in eqn.params["branches"]]
-        for body in bodies:  # a dry run, to see what kind of value each output is
-            outs: list[Any] = []
-            jax.eval_shape(lambda: outs.extend(self.run(body, operands)))  # noqa: B023
-            kinds.append(outs)
-        merged = [merge_kinds(*outs) for outs in zip(*kinds, strict=True)]
-        arrays = [i for i, m in enumerate(merged) if not isinstance(m, Refused)]
-        shapes = [v.aval.shape for v in eqn.outvars]
+        return run_cond(self, eqn, values)
 
-        def branch(body: tuple[Any, Sequence[Any]]) -> Callable[[], list[Array]]:
-            def run() -> list[Array]:
-                outs = self.run(body, operands)
-                return [self._as_kind(outs[i], merged[i], shapes[i]) for i in arrays]
-
-            return run
-
-        found = jax.lax.switch(index, [branch(b) for b in bodies])
-        for i, x in zip(arrays, found, strict=True):
-            m = merged[i]
-            merged[i] = Rows(x, m.table, m.untouched) if isinstance(m, Rows) else x
-        return merged
-
-    def _as_kind(self, value: Any, kind: Any, shape: tuple[int, ...]) -> Array:
-        if not isinstance(kind, Rows):
-            return jnp.broadcast_to(value.block if isinstance(value, Rows) else value, shape)
-        if kind.table is None:
-            return value.block
-        return self.block(value, kind.table, self.real[kind.table].shape[0])
-
-    def _refuse(self, eqn: JaxprEqn, tables: frozenset[int], why: str) -> list[Any]:
+    def refuse(self, eqn: JaxprEqn, tables: frozenset[int], why: str) -> list[Any]:
+        """`Refused` for each output, with the transform and the user's line in the reason."""
         # An equation inside a jax function has no line of its own; its call has one.
         written = next((e for e in (eqn, *reversed(self._calls)) if source_line(e)), eqn)
         where = f"{transform_name(written)} {why}"

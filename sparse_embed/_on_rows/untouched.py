@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_embed._core import ELEMENTWISE, REDUCTIONS, JaxprEqn, bind, is_concrete
+from sparse_embed._core import ELEMENTWISE, REDUCTIONS, JaxprEqn, bind, is_concrete, while_tracing
 
 _SHAPE_ONLY = frozenset(
     "reshape broadcast_in_dim transpose squeeze slice rev sort concatenate split copy".split()
@@ -49,7 +49,7 @@ def untouched_value(eqn: JaxprEqn, untouched: Sequence[Any]) -> Any:
         return untouched[0] if name not in ("reduce_sum", "reduce_prod") or zeros[0] else None
     if name not in ELEMENTWISE:
         return None
-    with jax.ensure_compile_time_eval():
+    with while_tracing():
         scalars = [jnp.asarray(v, x.aval.dtype) for v, x in zip(untouched, eqn.invars, strict=True)]
         return np.asarray(bind(eqn, scalars)[0])[()]
 

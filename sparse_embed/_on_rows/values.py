@@ -52,20 +52,3 @@ def laid_out(value: Any, var: Any) -> Any:
 
 def spread_over(value: PerRow, ndim: int) -> Array:
     return value.block.reshape(-1, *(1,) * max(ndim - 1, 0))
-
-
-def merge_kinds(*outs: Any) -> Any:
-    """What an output of a `cond` is, when its branches give these."""
-    refused = [v for v in outs if isinstance(v, Refused | PerRow)]
-    if refused:
-        reason = getattr(refused[0], "reason", "a cond gives a count of its own to each row")
-        tables = frozenset().union(*(getattr(r, "tables", {0}) for r in refused))
-        return Refused(reason, tables)
-    rows = [v for v in outs if isinstance(v, Rows)]
-    table = next((v.table for v in rows if v.table is not None), None)
-    if table is None and len(rows) < len(outs):
-        return None  # an ordinary array
-    first = rows[0].untouched
-    alike = first is not None and len(rows) == len(outs)
-    alike = alike and all(v.untouched == first for v in rows)
-    return Rows(rows[0].block, table, first if alike else None)

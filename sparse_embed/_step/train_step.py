@@ -9,7 +9,13 @@ import optax
 from jax import Array
 
 from sparse_embed._container import is_row_sparse
-from sparse_embed._core import describe, message
+from sparse_embed._core import (
+    argument_numbers,
+    check_function,
+    check_transformation,
+    describe,
+    message,
+)
 from sparse_embed._differentiate import gradients, touched, value_and_listed
 from sparse_embed._lazy import LazyState
 from sparse_embed._step.scratch import ScratchStep
@@ -58,7 +64,8 @@ def train_step(
 
     Raises:
       ValueError: when called, where a buffer was donated before or is there twice.
-      TypeError: `tx` is not an optax transformation; when called, an exact optimizer is inside it.
+      TypeError: `loss_fn` is no function, `tx` no optax transformation, or `argnums` no argument
+        numbers; when called, an exact optimizer is inside it.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -69,14 +76,11 @@ def train_step(
       >>> params["table"][3].tolist(), float(loss)
       ([0.5, 0.5], 4.0)
     """
-    if not callable(getattr(tx, "update", None)):
-        raise TypeError(
-            message(
-                "se.train_step(loss_fn, tx): tx must be an optax transformation.",
-                describe(tx),
-                "se.train_step(loss_fn, se.lazy(optax.adam(1e-3)))",
-            )
-        )
+    instead = "se.train_step(loss_fn, se.lazy(optax.adam(1e-3)))"
+    check_function(loss_fn, "se.train_step(loss_fn, tx)", instead)
+    wrote = "se.train_step(loss_fn, tx): tx must be an optax transformation."
+    check_transformation(tx, wrote, instead)
+    argnums = argument_numbers(argnums, "se.train_step(loss_fn, tx, argnums=...)")
     several = not isinstance(argnums, int)
     numbers = [argnums] if isinstance(argnums, int) else list(argnums)
     listing = value_and_listed(loss_fn, argnums, has_aux, lay_out=True)

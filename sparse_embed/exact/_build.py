@@ -5,11 +5,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from sparse_embed._core import describe, is_concrete, message
+from sparse_embed._core import check_scalar, describe, is_concrete, message
 from sparse_embed.exact._closed_form import ClosedForm
 from sparse_embed.exact._ledger import Constant
 from sparse_embed.exact._rest import Rest
@@ -49,6 +48,9 @@ def build(
                 f"se.exact.{name}(..., before=optax.clip_by_global_norm(1.0))",
             )
         )
+    for argument, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not callable(value):
+            check_scalar(value, argument, f"se.exact.{name}", f"{argument}=1e-3, or a schedule")
     decay = None if is_zero(weight_decay) else _schedule(weight_decay)
     rate = _schedule(learning_rate)
     chosen = partial(_mask, mask)
@@ -76,12 +78,15 @@ def is_zero(weight_decay: ScalarOrSchedule) -> bool:
 
 def number(name: str, value: Any) -> float:
     """A hyperparameter as a float, known before the program runs."""
-    if callable(value) or not is_concrete(value) or jnp.ndim(value):
+    instead = f"{name}=0.9; only learning_rate and weight_decay may be schedules"
+    if not callable(value):
+        check_scalar(value, name, "se.exact", instead)
+    if callable(value) or not is_concrete(value):
         raise TypeError(
             message(
                 f"se.exact: {name} must be a number known when the optimizer is made.",
                 describe(value),
-                f"{name}=0.9; only learning_rate and weight_decay may be schedules",
+                instead,
             )
         )
     return float(value)

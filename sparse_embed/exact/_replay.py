@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._core import describe, message, path_name
+from sparse_embed._core import describe, message, path_name, while_tracing
 from sparse_embed._update import StateLayout, check_state, state_layout
 from sparse_embed.exact._ledger import Constant, Counts, Ledger
 from sparse_embed.exact._rest_step import Program, RestStep, program_of
@@ -108,7 +108,7 @@ class Replay(Exact):
         with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
         program = program_of(self.dense, params, layout)
         leaves = jax.tree.leaves(params)
-        with jax.ensure_compile_time_eval():
+        with while_tracing():
             for k in self._rows_of(program, leaves, layout):
                 if not _only_its_own(program, leaves, layout, k):
                     name = path_name(with_paths[k][0])

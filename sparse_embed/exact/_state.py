@@ -37,7 +37,8 @@ class RowClock(NamedTuple):
 def new_clock(num_rows: int, step: Array, now: ArrayLike, mark: ArrayLike) -> RowClock:
     """The clock of rows that are all up to date."""
     now, mark = jnp.asarray(now), jnp.asarray(mark)
-    return RowClock(*_of_each_row(num_rows, step, now), now, mark)
+    last_step, sums = _of_each_row(num_rows, step, now)
+    return RowClock(last_step, sums, now, mark)
 
 
 @partial(jax.jit, inline=True, static_argnums=0)

@@ -121,8 +121,8 @@ class Exact(abc.ABC):
             self.check(params)
         inner_state = self.on_touched.init(params).inner_state
         state = self._started(params, inner_state, known or {})
-        clocks = _flat(params)[1].flatten_up_to(state.clocks)
-        if known is None and key is not None and is_concrete(*jax.tree.leaves(clocks)):
+        if known is None and key is not None and is_concrete(*jax.tree.leaves(state.clocks)):
+            clocks = _flat(params)[1].flatten_up_to(state.clocks)
             self._first_sums[key] = {
                 k: (np.asarray(clock.now), np.asarray(clock.mark))
                 for k, clock in enumerate(clocks)
@@ -151,6 +151,10 @@ class Exact(abc.ABC):
                 made[k] = table.start(jnp.shape(leaves[k])[0])
                 check_finite(table.name, made[k].now)
         ask_for_huge_pages(made)
+        if (
+            not leaves
+        ):  # `optax.tree.map_params` asks: one leaf, which is no parameter, for them all
+            return ExactState(inner_state, step, jnp.zeros((), jnp.int32))
         return ExactState(inner_state, step, treedef.unflatten(made))
 
     def settle(

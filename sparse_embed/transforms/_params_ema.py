@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_embed._core import message
+from sparse_embed._core import check_scalar, is_concrete, message
 
 
 class ParamsEmaState(NamedTuple):
@@ -37,7 +37,8 @@ def params_ema(decay: float) -> optax.GradientTransformation:
       An optax transformation.
 
     Raises:
-      ValueError: at `update`, where `params` is left out.
+      TypeError: `decay` is not a number.
+      ValueError: `decay` is not between 0 and 1; at `update`, where `params` is left out.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -48,6 +49,12 @@ def params_ema(decay: float) -> optax.GradientTransformation:
       >>> optax.tree.get(opt_state, "ema")["table"][2].round(3).tolist()
       [0.05]
     """
+
+    call = "se.params_ema(decay)"
+    check_scalar(decay, "decay", call, "se.params_ema(0.999)")
+    if is_concrete(decay) and not 0 <= decay <= 1:
+        wrote = f"{call}: decay must be between 0 and 1."
+        raise ValueError(message(wrote, f"decay={decay}", "se.params_ema(0.999)"))
 
     def init(params: Any) -> ParamsEmaState:
         return ParamsEmaState(jax.tree.map(jnp.copy, params))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._core import message
+from sparse_embed._core import check_scalar, message
 
 
 class RowwiseAdagradState(NamedTuple):
@@ -48,6 +48,7 @@ def rowwise_adagrad(
       An optax transformation, to be used inside `se.lazy`, or alone with dense gradients.
 
     Raises:
+      TypeError: an argument is neither a number nor, for the rate, a schedule.
       ValueError: `initial_accumulator_value` or `eps` is negative, or both are 0.
 
     Example:
@@ -61,11 +62,15 @@ def rowwise_adagrad(
 
     The rule is that of "EXACT_ROWWISE_ADAGRAD" in FBGEMM, without weight decay.
     """
+    call = "se.rowwise_adagrad(learning_rate, initial_accumulator_value, eps)"
+    if not callable(learning_rate):
+        check_scalar(learning_rate, "learning_rate", call, "se.rowwise_adagrad(0.1)")
+    for name, value in (("initial_accumulator_value", initial_accumulator_value), ("eps", eps)):
+        check_scalar(value, name, call, "se.rowwise_adagrad(0.1, 0.1, eps=1e-7)")
     if min(initial_accumulator_value, eps) < 0 or max(initial_accumulator_value, eps) == 0:
         raise ValueError(
             message(
-                "se.rowwise_adagrad(learning_rate, initial_accumulator_value, eps): neither may "
-                "be negative, nor both 0.",
+                f"{call}: neither may be negative, nor both 0.",
                 f"initial_accumulator_value={initial_accumulator_value}, eps={eps}",
                 "se.rowwise_adagrad(learning_rate, initial_accumulator_value=0.0, eps=1e-8)",
             )

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import textwrap
 import types
 
@@ -95,21 +96,33 @@ def arguments(function: ast.FunctionDef) -> list[ast.arg]:
     return [arg for arg in found if arg.arg != "self"]
 
 
-def missing_sections(value) -> list[str]:
+# A shape in brackets: `[]`, `[n]`, `[V, *features]`, `[..., l]`.
+SHAPE = re.compile(r"\[(\*?[A-Za-z_.]+( [-+] 1)?(, )?|\.\.\.(, )?)*\]")
+# These are given functions and trees, whose arrays may have any shape.
+NO_SHAPES = {"train_step", "audit", "assert_row_sparse", "lazy", "Tuning", "AuditReport"}
+
+
+def missing_sections(name: str, value) -> list[str]:
     """Sections that the docstring of a public function or class should have and has not."""
     doc = inspect.getdoc(value) or ""
     called = definition(value)
     wanted = ["Example", ">>>"]
     if called is not None and arguments(called):
         wanted.append("Args:")
-    if called is not None and any(isinstance(node, ast.Raise) for node in ast.walk(called)):
+    if called is not None and not inspect.isclass(value):
         wanted.append("Raises:")
-    return [section for section in wanted if section not in doc]
+        nothing = isinstance(called.returns, ast.Constant) and called.returns.value is None
+        wanted += [] if nothing else ["Returns:"]
+    missing = [section for section in wanted if section not in doc]
+    described = doc.split("Example")[0]
+    if "Args:" in wanted and name not in NO_SHAPES and not SHAPE.search(described):
+        missing.append("a shape in brackets")
+    return missing
 
 
 @pytest.mark.parametrize("name", sorted(public_names(se)))
 def test_docstring_is_complete(name):
-    missing = missing_sections(public_names(se)[name])
+    missing = missing_sections(name, public_names(se)[name])
     assert not missing, f"the docstring of se.{name} lacks {missing}"
 
 
@@ -130,7 +143,10 @@ def test_an_incomplete_docstring_is_noticed():
         """One line.
 
         Args:
-          x: a number.
+          x: `[n, *features]`.
+
+        Returns:
+          A number.
 
         Raises:
           ValueError: always.
@@ -141,5 +157,7 @@ def test_an_incomplete_docstring_is_noticed():
         """
         raise ValueError(x)
 
-    assert missing_sections(bare) == ["Example", ">>>", "Args:", "Raises:"]
-    assert missing_sections(full) == []
+    sections = ["Example", ">>>", "Args:", "Raises:", "Returns:", "a shape in brackets"]
+    assert missing_sections("bare", bare) == sections
+    assert missing_sections("full", full) == []
+    assert not SHAPE.search("params['user'][3] and x[i, 0]")

@@ -82,7 +82,8 @@ def grad(
       tables: as in `value_and_grad`.
 
     Returns:
-      A function of the same arguments that returns `grads`, or `(grads, aux)` with `has_aux`.
+      A function of the same arguments that returns `grads`, or `(grads, aux)` with `has_aux`. Of a
+      table `[V, *features]` it is a `RowSparse` with rows `[n, *features]`.
 
     Raises:
       ValueError: as `value_and_grad`.

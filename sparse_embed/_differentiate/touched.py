@@ -66,7 +66,8 @@ def check_ids(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Call
       argnums: which positional arguments hold the tables.
 
     Returns:
-      A function of the same arguments that returns nothing.
+      A function of the same arguments that returns nothing. It looks at the ids of every table
+      `[V, *features]` before they are clipped or filled.
 
     Raises:
       jax.experimental.checkify.JaxRuntimeError: an id is out of range. The message names the id,

@@ -30,25 +30,30 @@ class ScratchStep:
 
     Attributes:
       plain: the jitted step that keeps nothing.
+      to_lower: the same, traced anew, so that each of its operations has the line that wrote it.
     """
 
     def __init__(self, step: Callable[..., tuple[Any, list[Array]]]):
         # Inlined, so that `eval_shape`, `plain` and `keeping` trace it once between them.
-        self._step = step = jax.jit(step, inline=True)
+        inlined = self._step = jax.jit(step, inline=True)
         self._to_keep: dict[Signature, list[jax.ShapeDtypeStruct]] = {}
         self._kept: deque[tuple[Signature, list[Array]]] = deque(maxlen=1)  # of the last call
 
         def plain(params: Any, opt_state: Any, *args: Any) -> Any:
+            return inlined(params, opt_state, *args)[0]
+
+        def to_lower(params: Any, opt_state: Any, *args: Any) -> Any:
             return step(params, opt_state, *args)[0]
 
         def keeping(params: Any, opt_state: Any, kept: list[Array], *args: Any) -> Any:
             del kept  # it is there for its memory
-            (params, opt_state, value), made = step(params, opt_state, *args)
+            (params, opt_state, value), made = inlined(params, opt_state, *args)
             # Of arrays of one shape jax gives the first donated to the first result: so `made` must
             # stand where `kept` does, and before a value that may look the same.
             return params, opt_state, made, value
 
         self.plain = jax.jit(plain, donate_argnums=(0, 1))
+        self.to_lower = jax.jit(to_lower, donate_argnums=(0, 1))
         self._keeping = jax.jit(keeping, donate_argnums=(0, 1, 2), keep_unused=True)
 
     def __call__(self, params: Any, opt_state: Any, *args: Any) -> Any:

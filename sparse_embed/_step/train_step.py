@@ -35,7 +35,7 @@ class TrainStep:
 
     def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:
         """As of `jax.jit(step, donate_argnums=(0, 1))`, without memory that calls keep on CPUs."""
-        return self._step.plain.lower(params, _unsettled(opt_state), *args)
+        return self._step.to_lower.lower(params, _unsettled(opt_state), *args)
 
 
 def train_step(

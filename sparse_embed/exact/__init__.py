@@ -8,12 +8,12 @@ Never: a step over the whole table, nor an approximation of dense optax beyond r
 from sparse_embed.exact._adam import adam as adam
 from sparse_embed.exact._adam import adamw as adamw
 from sparse_embed.exact._adam import amsgrad as amsgrad
-from sparse_embed.exact._adam import nadam as nadam
-from sparse_embed.exact._adam import nadamw as nadamw
 from sparse_embed.exact._adamax import adabelief as adabelief
 from sparse_embed.exact._adamax import adamax as adamax
 from sparse_embed.exact._adamax import adamaxw as adamaxw
 from sparse_embed.exact._adamax import yogi as yogi
+from sparse_embed.exact._nadam import nadam as nadam
+from sparse_embed.exact._nadam import nadamw as nadamw
 from sparse_embed.exact._replay import replay as replay
 from sparse_embed.exact._rmsprop import adadelta as adadelta
 from sparse_embed.exact._rmsprop import rmsprop as rmsprop

@@ -29,7 +29,11 @@ def adamax(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
+
+    Raises:
+      TypeError: an argument is neither a number nor, where it may be, a schedule.
+      ValueError: a decay is not below 1; at `init`, where `before` moves rows without a gradient.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -65,7 +69,11 @@ def adamaxw(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
+
+    Raises:
+      TypeError: an argument is neither a number nor, where it may be, a schedule.
+      ValueError: a decay is not below 1; at `init`, where `before` moves rows without a gradient.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -116,7 +124,11 @@ def yogi(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
+
+    Raises:
+      TypeError: an argument is neither a number nor, where it may be, a schedule.
+      ValueError: a decay is not below 1; at `init`, where `before` moves rows without a gradient.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -160,7 +172,7 @@ def adabelief(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
 
     Raises:
       ValueError: `b2` is the square of `b1`.

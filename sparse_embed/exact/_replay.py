@@ -29,7 +29,7 @@ def replay(inner: optax.GradientTransformation) -> ExactTransformation:
         and counts that go up by one each step.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside the dense state it keeps `[num_rows]` last steps.
 
     Raises:
       TypeError: `inner` is not an optax transformation.

@@ -43,7 +43,11 @@ def rmsprop(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
+
+    Raises:
+      TypeError: an argument is neither a number nor, where it may be, a schedule.
+      ValueError: a decay is not below 1; at `init`, where `before` moves rows without a gradient.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -90,7 +94,7 @@ def adadelta(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
 
     Raises:
       ValueError: there is a weight decay.

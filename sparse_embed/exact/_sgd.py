@@ -36,7 +36,11 @@ def sgd(
       before: a chain applied to the gradients first, such as clipping.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
+
+    Raises:
+      TypeError: an argument is neither a number nor, where it may be, a schedule.
+      ValueError: a decay is not below 1; at `init`, where `before` moves rows without a gradient.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -78,7 +82,11 @@ def ema(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
+
+    Raises:
+      TypeError: an argument is neither a number nor, where it may be, a schedule.
+      ValueError: a decay is not below 1; at `init`, where `before` moves rows without a gradient.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -113,7 +121,11 @@ def adagrad(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
+
+    Raises:
+      TypeError: an argument is neither a number nor, where it may be, a schedule.
+      ValueError: a decay is not below 1; at `init`, where `before` moves rows without a gradient.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se
@@ -152,7 +164,11 @@ def lion(
       before: a chain applied to the gradients first.
 
     Returns:
-      The transformation, with `settle`.
+      The transformation, with `settle`. Beside optax's state it keeps `[num_rows, k]` sums.
+
+    Raises:
+      TypeError: an argument is neither a number nor, where it may be, a schedule.
+      ValueError: a decay is not below 1; at `init`, where `before` moves rows without a gradient.
 
     Example:
       >>> import jax.numpy as jnp, sparse_embed as se

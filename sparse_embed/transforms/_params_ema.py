@@ -31,7 +31,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     inside `se.exact.replay` it is the dense average. Read it with `optax.tree.get(state, "ema")`.
 
     Args:
-      decay: of the average, between 0 and 1.
+      decay: `[]`, of the average, between 0 and 1.
 
     Returns:
       An optax transformation.

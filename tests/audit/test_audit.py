@@ -152,3 +152,27 @@ def test_small_tables_are_skipped_by_name():
 def test_nothing_is_read_by_row():
     with pytest.raises(ValueError, match="(?s)reads no leaf.*got: .*write: se.audit"):
         se.audit(lambda params: jnp.sum(params["w"]), PARAMS)
+
+
+def tied_loss(params, ids):
+    hidden = params["table"][ids]
+    logits = hidden @ params["table"].T  # the whole table
+    return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
+
+
+def tied_step(params, opt_state, ids):
+    loss, grads = se.value_and_grad(tied_loss)(params, ids)
+    updates, opt_state = TX.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of params..table.. is dense:UserWarning")
+@pytest.mark.parametrize("how", ["train_step", "by hand"])
+def test_a_tied_softmax_is_named_with_its_line(how):
+    step = jax.jit(tied_step, donate_argnums=(0, 1))
+    if how == "train_step":
+        step = se.train_step(tied_loss, TX)
+    report = se.audit(step, PARAMS, jax.eval_shape(TX.init, PARAMS), IDS)
+    assert not report.ok
+    made = {o.array: o.line for o in report.operations if "dot" in o.operation}
+    assert made[f"f32[{ROWS},{WIDTH}]"].endswith(line_of(tied_loss, "# the whole table"))

@@ -241,7 +241,8 @@ def test_step_in_blocks(tx):
     params, ids = model(), jnp.asarray(np.random.default_rng(3).integers(0, HEIGHT, BATCH))
     assert ids.size > se.tuning.block_rows
     state = se.lazy(tx).init(params)
-    compiled = step.lower(params, state, ids).compile()
+    with jax.transfer_guard("disallow"):
+        compiled = step.lower(params, state, ids).compile()
     memory = compiled.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves((params, state)))
     assert memory.alias_size_in_bytes >= held

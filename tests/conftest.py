@@ -7,10 +7,8 @@ _flags = os.environ.setdefault("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=2".strip()
 # Most of the time of the suite is compilation; on one of two cores that goes best on one thread.
-# Machine code need not be fast here. What XLA makes of a program before that is as ever.
-for _flag in ("xla_cpu_parallel_codegen_split_count=1", "xla_backend_optimization_level=0"):
-    if _flag.split("=")[0] not in os.environ["XLA_FLAGS"]:
-        os.environ["XLA_FLAGS"] += f" --{_flag}"
+if "xla_cpu_parallel_codegen_split_count" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax  # noqa: E402

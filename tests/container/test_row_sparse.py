@@ -258,6 +258,17 @@ def test_placeholders_go_in_and_out():
     assert shapes.rows.shape == (3, 3)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_row_numbers_are_plain_integers_on_every_platform(platform):
+    def step(grad, flag):
+        grad = jax.lax.cond(flag, _same, lambda g: jax.tree.map(jnp.zeros_like, g), grad)
+        return jax.lax.scan(lambda c, _: (c, None), grad, jnp.arange(2))[0]
+
+    traced = jax.jit(step).trace(example("no repeats"), True)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "tensor<3x1xui32>" in text and "custom_call" not in text
+
+
 def test_no_tracer_is_kept():
     grad = example("no repeats")
     jax.jit(lambda: grad.indices + len(jax.tree.leaves(grad)))()

@@ -1,6 +1,5 @@
 """The exact optimizers, each beside the dense optax optimizer whose numbers it must give."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -263,8 +262,7 @@ def run(tx: Any, subject: Subject, dtype: Any, *, steps: int = STEPS, points: in
     size = steps // points
     cut = [(ids[i : i + size], targets[i : i + size]) for i in range(0, steps, size)]
 
-    # With the machine code that users get: 1000 steps show the rounding of a sum.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    @jax.jit
     def part(carry: Any, batches: Any) -> Any:
         def one(carry: Any, batch: Any) -> Any:
             params, state, loss = step(*carry, batch)

@@ -76,8 +76,9 @@ def lazy_steps(tx: Any, params: Any, leaves: tuple[str, ...], extra: Any) -> Any
     def grads(number: int) -> dict[str, Any]:
         return {name: coalesced(number)[name] for name in leaves}
 
+    first = params, state, grads(0), extra
     with jax.transfer_guard("disallow"):  # it moves no number of its own to the device
-        step = stepper(tx, donate=(0, 1)).lower(params, state, grads(0), extra).compile()
+        step = stepper(tx, donate=(0, 1)).lower(*first).compile()
     assert_in_place(step.memory_analysis(), (params, state))
     for number, batch in enumerate(batches()):
         before = jax.tree.map(np.array, (params, state))

@@ -132,6 +132,9 @@ def test_a_foreign_error_is_noticed():
 
 
 def test_numbers_of_numpy_are_numbers():
+    before = vars(se.tuning).copy()
+    tune(block_rows=np.int64(2048), window_bytes=8e6, kept_bytes=np.float32(8e6), huge_pages=True)
+    assert vars(se.tuning) == before
     assert se.lookup(TABLE, IDS, padding_idx=np.int64(1)).shape == (3, 2)
     assert se.coalesce(GRAD, size=np.int32(3)).indices.size == 3
     assert se.renorm(TABLE, IDS, np.float32(1.0)).shape == (6, 2)

@@ -2,7 +2,7 @@
 
 A `RowSparse` is a pytree, and optax maps over the leaves of trees: it would scale row numbers, or
 count them in a norm. So row numbers leave the container as an array of an extended dtype, the kind
-that random keys have. Whatever moves values takes it: `jit`, `scan`, `where`, indexing, saving.
+that random keys have. Whatever moves values takes it: `jit`, `scan`, `where`, indexing, pickle.
 Whatever computes on values raises while it is traced, and shows the dtype: `key<whole chain inside
 se.lazy>`. On a device it is the same integers.
 """
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend.random import define_prng_impl
 
@@ -48,33 +49,35 @@ def locked(indices: Array) -> Array:
     )
 
 
-def unlocked(leaf: Any, num_rows: int) -> Any:
-    """The integers `[..., n]` that were locked.
-
-    Negative ones, which are padding, come back as `num_rows`, `num_rows + 1`, ... by their place:
-    so distinct and ascending ones, padding last, are still that where all were set to zero.
+def unlocked(leaf: Any) -> Any:
+    """The integers `[...]` that were locked.
 
     Args:
-      leaf: what `locked` made; or a `ShapeDtypeStruct` of that; or any other thing that jax puts
+      leaf: what `locked` made; a `ShapeDtypeStruct` of that; its words, `[..., 1]` or `[..., 2]`
+        uint32, which is what jax gives to callbacks on the host; or any other thing that jax puts
         into trees, which is given back.
-      num_rows: rows of the table.
     """
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is None:
         return leaf
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        words = dtype == jnp.uint32 and jnp.shape(leaf)[-1:] in ((1,), (2,))
+        return _integers(leaf) if words else leaf
     if isinstance(leaf, Array):
-        return _unlocked(leaf, num_rows)
-    integers = jax.eval_shape(partial(_unlocked, num_rows=num_rows), leaf)
+        return _unlocked(leaf)
+    integers = jax.eval_shape(_unlocked, leaf)
     return jax.ShapeDtypeStruct(integers.shape, integers.dtype)
 
 
-@partial(jax.jit, inline=True, static_argnames="num_rows")
-def _unlocked(numbers: Array, num_rows: int) -> Array:
-    words = jax.random.key_data(numbers)
-    narrow = words.shape[-1] == 1
-    integer = jnp.int32 if narrow else jnp.int64
-    indices = ~jax.lax.bitcast_convert_type(words[..., 0] if narrow else words, integer)
-    if not indices.ndim:
-        return indices
-    place = jax.lax.broadcasted_iota(integer, indices.shape, indices.ndim - 1)
-    return jnp.where(indices < 0, num_rows + place, indices)
+@partial(jax.jit, inline=True)
+def _unlocked(numbers: Array) -> Array:
+    return _integers(jax.random.key_data(numbers))
+
+
+def _integers(words: Any) -> Any:
+    if isinstance(words, np.ndarray):
+        wide = np.int32 if words.shape[-1] == 1 else np.int64
+        return np.invert(np.ascontiguousarray(words).view(wide)[..., 0])
+    if words.shape[-1] == 1:
+        return ~jax.lax.bitcast_convert_type(words[..., 0], jnp.int32)
+    return ~jax.lax.bitcast_convert_type(words, jnp.int64)

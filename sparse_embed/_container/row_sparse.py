@@ -49,10 +49,11 @@ class RowSparse:
       [1.0, 1.0]
     """
 
-    __slots__ = ("_indices", "_locked", "_rows", "_distinct", "_source", "shape")
+    __slots__ = ("_indices", "_locked", "_rows", "_source", "coalesced", "shape")
     __array_ufunc__ = None  # numpy must leave `table + row_sparse` to this class
 
     shape: tuple[int, ...]
+    coalesced: bool  # rows ascending and distinct, padding last: as `coalesce` returns them
 
     def __init__(self, indices: ArrayLike, rows: ArrayLike, shape: tuple[int, ...]):
         indices = widened(as_integers(indices, "indices", "RowSparse(indices, rows, shape)"))
@@ -66,10 +67,10 @@ class RowSparse:
                     "RowSparse(ids.reshape(-1), rows.reshape(-1, *table.shape[1:]), table.shape)",
                 )
             )
-        self._fill(indices, _NONE, rows, shape, None)
+        self._fill(indices, _NONE, rows, shape, False)
 
     def _fill(self, *parts: Any) -> RowSparse:
-        self._indices, self._locked, self._rows, self.shape, self._distinct = parts
+        self._indices, self._locked, self._rows, self.shape, self.coalesced = parts
         self._source = None
         return self
 
@@ -78,8 +79,7 @@ class RowSparse:
         cls, indices: Array, rows: Array, shape: tuple[int, ...], coalesced: bool
     ) -> RowSparse:
         """Builds one without the checks, from arrays known to belong together."""
-        distinct = indices.shape[0] if coalesced else None
-        return cls.__new__(cls)._fill(indices, _NONE, rows, shape, distinct)
+        return cls.__new__(cls)._fill(indices, _NONE, rows, shape, coalesced)
 
     @classmethod
     def _deferred(cls, source: Any) -> RowSparse:
@@ -89,7 +89,7 @@ class RowSparse:
         `RowSparse`, `unsummed()` what has the same sums, `added_to(table)` the table with it, a few
         rows at a time.
         """
-        out = cls.__new__(cls)._fill(_NONE, _NONE, _NONE, source.shape, None)
+        out = cls.__new__(cls)._fill(_NONE, _NONE, _NONE, source.shape, True)
         out._source = source
         return out
 
@@ -100,7 +100,7 @@ class RowSparse:
             return self._source.coalesced().indices
         if self._indices is not _NONE:
             return self._indices
-        indices = unlocked(self._locked, self.num_rows)
+        indices = unlocked(self._locked)
         if isinstance(indices, Array) and is_concrete(indices):  # a tracer ends with its trace
             self._indices = indices
         return indices
@@ -110,15 +110,6 @@ class RowSparse:
         """`[n, *features]`."""
         return self._rows if self._source is None else self._source.coalesced().rows
 
-    @property
-    def coalesced(self) -> bool:
-        """Whether rows are ascending and distinct, padding last: as `coalesce` returns them."""
-        if self._source is not None:
-            return True
-        # Mapped over, the list may have become another one: joined, or stacked.
-        listed = self._indices if self._indices is not _NONE else self._locked
-        return self._distinct is not None and jnp.shape(listed) == (self._distinct,)
-
     def tree_flatten_with_keys(self):
         made = self if self._source is None else self._source.coalesced()
         numbers = made._locked
@@ -126,12 +117,13 @@ class RowSparse:
             numbers = locked(made._indices)
             if is_concrete(numbers):
                 made._locked = numbers
-        return ((_INDICES, numbers), (_ROWS, made._rows)), (made.shape, made._distinct)
+        return ((_INDICES, numbers), (_ROWS, made._rows)), made.shape
 
     @classmethod
-    def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> RowSparse:
-        # No checks here: jax unflattens with placeholders of every kind.
-        return cls.__new__(cls)._fill(_NONE, *children, *aux)
+    def tree_unflatten(cls, shape: tuple[int, ...], children: tuple[Any, ...]) -> RowSparse:
+        # No checks here: jax unflattens with placeholders of every kind. Nor is it known what was
+        # mapped over the leaves: lists may have been joined, cut or mixed, so repeats are possible.
+        return cls.__new__(cls)._fill(_NONE, *children, shape, False)
 
     def __reduce__(self) -> Any:
         return RowSparse._make, (self.indices, self.rows, self.shape, self.coalesced)

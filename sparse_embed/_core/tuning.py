@@ -3,28 +3,37 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from numbers import Real
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from sparse_embed._core.errors import describe, message
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _whole(value: Any) -> int | None:
+    number = _size(value)
+    return int(number) if number and number.is_integer() else None
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+def _size(value: Any) -> float | None:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
+    return number if number >= 0 else None
 
 
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "block_rows": (_is_whole, "a whole number above 0"),
-    "window_bytes": (_is_whole, "a whole number above 0"),
-    "kept_bytes": (_is_size, 'a number of at least 0, or float("inf")'),
-    "huge_pages": (lambda value: isinstance(value, bool), "True or False"),
+def _flag(value: Any) -> bool | None:
+    return bool(value) if isinstance(value, bool | np.bool_) else None
+
+
+# For each number what it is stored as, `None` where it cannot be that, and what it must be.
+_ALLOWED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "block_rows": (_whole, "a whole number above 0"),
+    "window_bytes": (_whole, "a whole number above 0"),
+    "kept_bytes": (_size, 'a number of at least 0, or float("inf")'),
+    "huge_pages": (_flag, "True or False"),
 }
 
 
@@ -66,18 +75,18 @@ class Tuning:
     huge_pages: bool = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        check, wanted = _ALLOWED.get(name, (None, ""))
+        read, wanted = _ALLOWED.get(name, (None, ""))
         wrote = f"se.tuning.{name} = {value!r}"
-        if check is None:
+        if read is None:
             instead = " or ".join(f"se.tuning.{known} = ..." for known in _ALLOWED)
             raise AttributeError(message(f"{wrote}: there is no such number.", name, instead))
-        if not check(value):
+        if (number := read(value)) is None:
             got, instead = (
                 f"{name} {describe(value)}",
                 f"se.tuning.{name} = {Tuning.__dict__[name]}",
             )
             raise ValueError(message(f"{wrote}: it must be {wanted}.", got, instead))
-        super().__setattr__(name, value)
+        super().__setattr__(name, number)
 
     def keeps(self, x: Any) -> bool:
         """Whether the memory of an array is kept from one step to the next, on CPUs."""

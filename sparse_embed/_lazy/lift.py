@@ -13,6 +13,7 @@ from sparse_embed._core import (
     describe,
     in_blocks,
     message,
+    signature,
 )
 from sparse_embed._lazy.separable import check_separable
 from sparse_embed._lazy.state import (
@@ -29,7 +30,6 @@ from sparse_embed._update import (
     LIST,
     BlockProgram,
     Layouts,
-    StateLayout,
     Update,
     check_state,
     run_in_blocks,
@@ -117,15 +117,16 @@ def lazy(
         )
     inner = optax.with_extra_args_support(inner)
     layouts = Layouts(inner)
-    separable: list[StateLayout] = []  # layouts for which that has been checked
+    separable: set[Any] = set()  # signatures of parameters for which that has been checked
 
     def init_fn(params: Any) -> LazyState:
         leaves = jax.tree.leaves(params)
         tables = [k for k, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0) and leaf.size]
         layout = layouts.of(params, tables)
-        if not any(layout is known for known in separable):
+        key = signature(params)
+        if key is None or key not in separable:
             check_separable(inner, params, layout, tables)
-            separable.append(layout)
+            separable.add(key)
         counts = new_row_counts(params, layout) if clock == "row" else {}
         inner_state = inner.init(params)
         warn_of_accumulators(inner_state)

@@ -121,7 +121,8 @@ class Exact(abc.ABC):
             self.check(params)
         inner_state = self.on_touched.init(params).inner_state
         state = self._started(params, inner_state, known or {})
-        if known is None and key is not None and is_concrete(*jax.tree.leaves(state.clocks)):
+        concrete = is_concrete(*jax.tree.leaves(state.clocks))
+        if known is None and key is not None and concrete and jax.tree.leaves(params):
             clocks = _flat(params)[1].flatten_up_to(state.clocks)
             self._first_sums[key] = {
                 k: (np.asarray(clock.now), np.asarray(clock.mark))
@@ -203,7 +204,8 @@ class Exact(abc.ABC):
 
     def update(self, grads: Any, state: ExactState, params: Any = None, **extra: Any) -> Any:
         check_state("tx.update(grads, opt_state, params)", state)
-        check_settled(state)
+        if any(map(is_row_sparse, _flat(grads)[0])):
+            check_settled(state)
         old = LazyState(state.inner_state, {})
         updates, new = self.on_touched.listed_update(grads, old, params, **extra)
         leaves, treedef = _flat(updates)

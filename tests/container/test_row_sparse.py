@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import small_blocks
 
 import sparse_embed as se
 
@@ -196,19 +197,68 @@ def test_it_is_saved_and_moved(name):
     np.testing.assert_array_equal(out.todense(), grad.todense())
 
 
-def test_joined_over_leaves_repeats_are_summed():
-    """`coalesced` is known of the list that was made, not of what a map makes of it."""
-    a = se.coalesce(example("no repeats"))
-    both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, a)
-    assert a.coalesced and not both.coalesced
-    np.testing.assert_allclose(jnp.zeros(SHAPE) + both, 2 * dense(a), 1e-6)
-    np.testing.assert_allclose(se.global_norm(both), 2 * np.linalg.norm(dense(a)), 1e-6)
+MIXED = {
+    "reversed": lambda x: x[::-1],
+    "one entry again and again": lambda x: x[jnp.array([1, 1, 2, 0])],
+    "joined": lambda x: jnp.concatenate([x, x]),
+    "cut and joined": lambda x: jnp.concatenate([x[:2], x[:2]]),
+    "chosen": lambda x: jnp.where(
+        jnp.array([True, False, True, False]).reshape(-1, *(1,) * (x.ndim - 1)), x, x[::-1]
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 2048])
+@pytest.mark.parametrize("name", MIXED)
+def test_what_a_map_makes_of_a_coalesced_list_may_repeat_rows(name, rows, maybe_jit):
+    """Found in review: such lists were taken for coalesced, and rows were lost."""
+    grad = se.coalesce(se.RowSparse([0, 1, 1, 3], jnp.arange(12.0).reshape(4, 3), SHAPE))
+    tx = se.lazy(optax.sgd(1.0))
+
+    def use(grad, table):
+        mixed = jax.tree.map(MIXED[name], grad)
+        updates, _ = tx.update(mixed, tx.init(table), table)
+        new = optax.apply_updates(table, updates)
+        return mixed.indices, mixed.rows, mixed.todense(), new, se.global_norm(mixed)
+
+    with small_blocks(rows):
+        indices, listed, got, new, norm = maybe_jit(use)(grad, jnp.ones(SHAPE))
+    want = dense(se.RowSparse(indices, listed, SHAPE))
+    np.testing.assert_allclose(got, want, 1e-6)
+    np.testing.assert_allclose(new, 1 - want, 1e-6)
+    np.testing.assert_allclose(norm, np.linalg.norm(want), 1e-6)
+
+
+def test_a_callback_on_the_host_sees_row_numbers():
+    """jax gives a callback the words of an extended dtype."""
+    grad, seen = example("no repeats"), []
+
+    def look(g):
+        seen.append((np.asarray(g.indices).tolist(), np.asarray(g.rows).tolist()))
+        return np.float32(0)
+
+    jax.jit(lambda g: jax.pure_callback(look, jax.ShapeDtypeStruct((), jnp.float32), g))(grad)
+    assert seen == [(grad.indices.tolist(), grad.rows.tolist())]
+
+
+def test_row_numbers_that_are_sharded_under_an_explicit_mesh():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec
+    with jax.set_mesh(mesh):
+        indices = jax.device_put(jnp.arange(4), spec("d"))
+        grad = se.RowSparse(indices, jax.device_put(jnp.ones((4, 3)), spec("d", None)), SHAPE)
+        assert jax.jit(lambda g: g.indices)(grad).tolist() == [0, 1, 2, 3]
+
+
+def test_a_table_taller_than_its_row_numbers_reach():
+    grad = se.RowSparse(jnp.array([1, 2]), jnp.ones((2, 1)), (3_000_000_000, 1))
+    assert jax.jit(lambda g: g * 2)(grad).rows.tolist() == [[2.0], [2.0]]
 
 
 def test_set_to_zero_lists_nothing(maybe_jit):
     grad = se.coalesce(example("no repeats"))
     out = maybe_jit(lambda g: optax.set_to_zero().update(g, optax.EmptyState())[0])(grad)
-    assert out.indices.tolist() == [7, 8, 9]  # padding, still ascending and distinct
+    assert out.indices.tolist() == [-1, -1, -1]  # padding
     table = jnp.ones(SHAPE)
     np.testing.assert_array_equal(maybe_jit(lambda t, g: t + g)(table, out), table)
     tx = se.lazy(optax.adam(0.1))

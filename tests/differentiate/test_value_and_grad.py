@@ -127,7 +127,7 @@ def test_row_sparse_gradients_list_each_row_read_once(outcome):
         if not is_row_sparse(grad):
             continue
         indices, rows = np.asarray(grad.indices), np.asarray(grad.rows)
-        assert grad.coalesced and indices.dtype == np.int32
+        assert indices.dtype == np.int32
         assert np.all(np.diff(indices) > 0) and np.all(indices >= 0)
         assert not np.any(rows[indices >= V])
         expected = program.rows(outcome.batch, path, program.listed)

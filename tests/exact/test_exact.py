@@ -264,6 +264,31 @@ def test_what_rests_by_itself_need_not_be_settled():
     assert_close(got, optax.apply_updates(params, want), 1e-6)
 
 
+def test_dense_gradients_alone_need_no_settling():
+    """They update all rows in every step, so none is ever behind."""
+    tx, dense, params = se.exact.adam(RATE), optax.adam(RATE), {"w": jnp.ones((3, 2))}
+    (got, state), (want, inner) = (params, tx.init(params)), (params, dense.init(params))
+    for _ in range(3):
+        grads = jax.tree.map(jnp.sin, want)
+        updates, state = tx.update(grads, state, got)
+        got = optax.apply_updates(got, updates)
+        updates, inner = dense.update(grads, inner, want)
+        want = optax.apply_updates(want, updates)
+    assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [se.exact.adam, se.exact.sgd, lambda r: se.exact.replay(optax.adam(r))]
+)
+def test_map_params_sees_the_moments_and_leaves_clocks_alone(make):
+    tx, params = make(0.1), new_params()
+    state = tx.init(params)
+    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+    assert_equal(doubled.clocks, state.clocks)
+    assert_equal(doubled.inner_state, optax.tree.map_params(tx, lambda x: 2 * x, state).inner_state)
+    assert_equal(optax.tree.map_params(tx, lambda x: x, state), state)
+
+
 def test_what_update_returns_must_be_settled_again():
     """In a `scan` the carry keeps its type: what `init` and `update` return."""
     tx, params = se.exact.adam(RATE), new_params()

@@ -11,17 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from conformance import SHAPES, TABLES
-from helpers import numbers
+from helpers import QUICKLY, numbers
 
 import sparse_embed as se
 
 STEPS = 12
 LISTED = 5  # indices of a step's gradient, for each table
 ALL = tuple(SHAPES)
-# These programs run a few times on a few rows: most of their time is compilation.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-if jax.__version_info__ < (0, 11):  # the older of two code generators takes a third of the time
-    QUICKLY["xla_cpu_use_fusion_emitters"] = False
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
 
 

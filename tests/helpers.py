@@ -14,6 +14,11 @@ import numpy as np
 
 import sparse_embed as se
 
+# For programs that run a few times on a few rows: most of their time is compilation.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+if jax.__version_info__ < (0, 11):  # the older of two code generators takes a third of the time
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False
+
 _COMPILED = re.compile(r"Finished XLA compilation of (.+) in ")
 
 

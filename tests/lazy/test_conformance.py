@@ -23,7 +23,6 @@ from conformance import (
     unclassified,
 )
 from dense_oracle import (
-    QUICKLY,
     assert_same,
     batches,
     dense_steps,
@@ -34,7 +33,7 @@ from dense_oracle import (
     stepper,
     table_of,
 )
-from helpers import small_blocks, temp_bytes
+from helpers import QUICKLY, small_blocks, temp_bytes
 
 import sparse_embed as se
 from sparse_embed._container import Listed, Part

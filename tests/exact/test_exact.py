@@ -277,16 +277,23 @@ def test_dense_gradients_alone_need_no_settling():
     assert_close(got, want, 1e-6)
 
 
-@pytest.mark.parametrize(
-    "make", [se.exact.adam, se.exact.sgd, lambda r: se.exact.replay(optax.adam(r))]
-)
-def test_map_params_sees_the_moments_and_leaves_clocks_alone(make):
-    tx, params = make(0.1), new_params()
-    state = tx.init(params)
-    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
-    assert_equal(doubled.clocks, state.clocks)
-    assert_equal(doubled.inner_state, optax.tree.map_params(tx, lambda x: 2 * x, state).inner_state)
-    assert_equal(optax.tree.map_params(tx, lambda x: x, state), state)
+MAPPED = {
+    "adam": (se.exact.adam, optax.adam),
+    "momentum": (lambda r: se.exact.sgd(r, momentum=0.9), lambda r: optax.sgd(r, momentum=0.9)),
+    "replay": (lambda r: se.exact.replay(optax.adam(r)), optax.adam),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_map_params_sees_the_moments_and_leaves_clocks_alone(name):
+    exact, dense = (make(0.1) for make in MAPPED[name])
+    params = new_params()
+    state = exact.init(params)
+    raised = optax.tree.map_params(exact, lambda x: x + 1, state)
+    want = optax.tree.map_params(dense, lambda x: x + 1, dense.init(params))
+    assert_equal(raised.inner_state, want)
+    assert_equal((raised.step, raised.clocks), (state.step, state.clocks))
+    assert max(float(x.max()) for x in jax.tree.leaves(raised.inner_state)) == 1
 
 
 def test_what_update_returns_must_be_settled_again():

@@ -66,5 +66,5 @@ $(PEERS_VENV)/.installed-peers:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-peers .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf .venv .venv-newest .venv-peers .jax_cache .pytest_cache .mypy_cache .ruff_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

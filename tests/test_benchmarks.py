@@ -93,6 +93,17 @@ def test_exact_beside_lazy(monkeypatch, tmp_path, capsys):
     assert all(row["ms (median)"] > 0 for rows in found.values() for row in rows)
 
 
+def test_compile(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    script, out = importlib.import_module("compile"), tmp_path / "out.json"
+    monkeypatch.setattr(script, "ways", lambda ways=script.ways: dict(list(ways().items())[:3]))
+    script.main(["--tiny", "--json", str(out)])
+    assert capsys.readouterr().out == out.with_suffix(".md").read_text()
+    rows = json.loads(out.read_text())["tables"]["compile"]
+    assert len(rows) == 2 * 3
+    assert all(row["trace s"] > 0 and row["compile s"] > 0 for row in rows)
+
+
 def test_gpu(monkeypatch, tmp_path, capsys):
     """The script for a GPU runs without one when tiny, and else leaves it at one line."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")

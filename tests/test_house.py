@@ -13,7 +13,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 # A room imports only from floors below its own. The package's `__init__` stands above them all.
 FLOORS = [
     {"_core"},
-    {"_container", "transforms", "_on_rows"},
+    {"_container", "transforms", "_on_rows", "_views"},
     {"_lookup", "_differentiate", "_update"},
     {"_lazy", "_audit"},
     {"exact"},

@@ -10,6 +10,7 @@ import optax
 
 from sparse_embed._audit import hlo
 from sparse_embed._audit.report import ArrayReport, AuditReport, OperationReport
+from sparse_embed._container import Form
 from sparse_embed._core import PACKAGE, check_function, describe, message
 from sparse_embed._differentiate import Program, Walk, trace
 
@@ -119,32 +120,38 @@ def _array_args(args: Sequence[Any]) -> tuple[int, ...]:
     )
 
 
-def _tables(program: Program) -> tuple[set[tuple[int, ...]], list[str]]:
-    """The shapes of the tables, and the names of those too small to be told from their rows."""
+def _tables(program: Program) -> tuple[set[Form], list[str]]:
+    """The forms of the tables, and the names of those too small to be told from their rows."""
     leaves = program.leaves
     found = {
         k
         for k, path in enumerate(program.paths)
         if path[0].idx == 0 and getattr(leaves[k], "ndim", 0)
     }
-    walk = Walk("asked")
+    walk = Walk(program.shapes, "asked")
     walk.plan(program.jaxpr, program.tags(found), [True] * len(program.jaxpr.outvars))
-    shapes, skipped = set(), []
+    forms, skipped = set(), []
     for k, asked in sorted(walk.looked_up.items()):
-        if leaves[k].shape[0] > asked:
-            shapes.add(leaves[k].shape)
+        form = Form(leaves[k].shape, walk.row_axes.get(k, (0,)))
+        if form.num_rows > asked:
+            forms.add(form)
         else:
             skipped.append(f"{program.names[k]} {describe(leaves[k])}")
-    return shapes, skipped
+    return forms, skipped
 
 
-def _is_table_sized(shape: tuple[int, ...] | None, tables: set[tuple[int, ...]]) -> bool:
+def _is_table_sized(shape: tuple[int, ...] | None, tables: set[Form]) -> bool:
     if not shape or 0 in shape:
         return False
-    return any(table[0] in shape or math.prod(shape) == math.prod(table) for table in tables)
+    return any(
+        table.num_rows in shape
+        or max(table.sizes) in shape
+        or math.prod(shape) == math.prod(table.shape)
+        for table in tables
+    )
 
 
-def _arrays(program: hlo.Program, tables: set[tuple[int, ...]]) -> list[ArrayReport]:
+def _arrays(program: hlo.Program, tables: set[Form]) -> list[ArrayReport]:
     entry = program.computations[program.entry]
     reports = []
     for i in entry.instructions.values():
@@ -183,14 +190,14 @@ def _users(
     return copies, users
 
 
-def _operations(program: hlo.Program, tables: set[tuple[int, ...]]) -> list[OperationReport]:
+def _operations(program: hlo.Program, tables: set[Form]) -> list[OperationReport]:
     arguments = list(program.computations[program.entry].instructions.values())
     found = []
     for computation in program.buffered():
         for i in computation.instructions.values():
             if (
                 not _is_table_sized(i.shape, tables)
-                or i.op in _NAMES
+                or i.op in _NAMES | {"constant"}  # made once, when the step is compiled
                 or _in_place(program, computation, i)
             ):
                 continue

@@ -11,10 +11,13 @@ from sparse_embed._container.each_block import add_rows as add_rows
 from sparse_embed._container.each_block import blocks as blocks
 from sparse_embed._container.each_block import each_block as each_block
 from sparse_embed._container.each_block import put as put
+from sparse_embed._container.form import Form as Form
 from sparse_embed._container.indices import PADDED as PADDED
+from sparse_embed._container.indices import Slots as Slots
 from sparse_embed._container.indices import as_integers as as_integers
 from sparse_embed._container.indices import distinct as distinct
 from sparse_embed._container.indices import first_seen as first_seen
+from sparse_embed._container.indices import first_seen_of_each as first_seen_of_each
 from sparse_embed._container.indices import flat_indices as flat_indices
 from sparse_embed._container.indices import widened as widened
 from sparse_embed._container.listed import Listed as Listed

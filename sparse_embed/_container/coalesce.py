@@ -5,8 +5,8 @@ from typing import Literal, overload
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container.row_sparse import RowSparse, checked, sum_repeats
-from sparse_embed._container.segments import nan_where, segment_count
+from sparse_embed._container.row_sparse import RowSparse, checked
+from sparse_embed._container.segments import nan_where, segment_count, sum_repeats
 from sparse_embed._core import describe, is_concrete, message, whole_number
 
 
@@ -68,10 +68,9 @@ def coalesce(
                 "size=ids.size, or leave size out",
             )
         )
-    out, slots = sum_repeats(grad, size)
-    if size < enough:
-        rows = _check_size(out.rows, slots.number, size)
-        out = RowSparse._make(out.indices, rows, grad.shape, True)
+    slots, rows = sum_repeats(grad.indices, grad.rows, grad.num_rows, size)
+    rows = _check_size(rows, slots.number, size) if size < enough else rows
+    out = RowSparse._make(slots.indices, rows, grad.form, True)
     return (out, segment_count(slots.slot, size)) if return_counts else out
 
 

@@ -3,6 +3,7 @@
 Letters: n listed rows, s the static size of the result, V the rows of the table.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,13 +124,7 @@ def first_seen(indices: Array, num_rows: int, size: int) -> Slots:
       `Slots`. What is outside the table has slot `size`.
     """
     (n,) = indices.shape
-    position = jnp.arange(n, dtype=jnp.int32)
-    room = 1 << (_ROOM * n - 1).bit_length()
-    if num_rows < room:
-        scratch = jnp.zeros(num_rows + 1, jnp.int32).at[indices].set(position)
-        leader = scratch[indices]
-    else:
-        leader = _by_hash(indices, position, room)
+    position, leader = _leaders(indices, num_rows)
     inside = indices < num_rows
     leads = (leader == position) & inside
     number = jnp.cumsum(leads, dtype=jnp.int32) - 1
@@ -138,6 +133,44 @@ def first_seen(indices: Array, num_rows: int, size: int) -> Slots:
     compact = padding(count, size, num_rows, indices.dtype)
     compact = compact.at[jnp.where(leads, number, size)].set(indices, mode="drop")
     return Slots(slot, compact, count)
+
+
+def first_seen_of_each(indices: Array, heights: Sequence[int]) -> list[Slots]:
+    """As `first_seen` for each of several tables, at once: there is less to compile.
+
+    Args:
+      indices: `[T, n]` int32 row numbers of T tables, as `flat_indices` returns them, n > 0.
+      heights: rows of each table; of all together there are fewer than 2^31.
+
+    Returns:
+      For each table its `Slots`, of size n.
+    """
+    tables, n = indices.shape
+    first = np.cumsum([0, *(rows + 1 for rows in heights)])  # tables one above the other
+    above = (indices + first[:-1, None].astype(np.int32)).reshape(-1)
+    position, leader = _leaders(above, int(first[-1]))
+    inside = indices < np.array(heights, np.int32)[:, None]
+    leads = (leader == position).reshape(tables, n) & inside
+    number = jnp.cumsum(leads, axis=1, dtype=jnp.int32) - 1
+    slot = jnp.where(inside, number.reshape(-1)[leader].reshape(tables, n), n)
+    count = number[:, -1] + 1
+    compact = jnp.stack(
+        [padding(c, n, rows, indices.dtype) for c, rows in zip(count, heights, strict=True)]
+    )
+    own = jnp.arange(tables)[:, None]
+    compact = compact.at[own, jnp.where(leads, number, n)].set(indices, mode="drop")
+    return [Slots(slot[k], compact[k], count[k]) for k in range(tables)]
+
+
+def _leaders(indices: Array, num_rows: int) -> tuple[Array, Array]:
+    """The positions of all entries, and for each that of one entry with its number."""
+    (n,) = indices.shape
+    position = jnp.arange(n, dtype=jnp.int32)
+    room = 1 << (_ROOM * n - 1).bit_length()
+    if num_rows >= room:
+        return position, _by_hash(indices, position, room)
+    scratch = jnp.zeros(num_rows + 1, jnp.int32).at[indices].set(position)
+    return position, scratch[indices]
 
 
 def _by_hash(indices: Array, position: Array, room: int) -> Array:

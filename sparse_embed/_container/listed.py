@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container.each_block import add_rows
+from sparse_embed._container.form import Form
 from sparse_embed._container.indices import distinct, flat_indices
 from sparse_embed._container.row_sparse import RowSparse
 from sparse_embed._container.segments import sum_dtype
@@ -33,21 +33,23 @@ class Listed:
 
     Attributes:
       indices: `[n]` as of `flat_indices`, part after part.
-      shape: `(V, *features)`.
+      form: shape and row axes of the table.
       dtype: of the rows.
     """
 
-    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], dtype: jnp.dtype):
-        self.parts, self.shape, self.dtype = list(parts), shape, jnp.dtype(dtype)
-        ids = [flat_indices(p.ids.reshape(-1), shape[0]) for p in self.parts]
+    def __init__(self, parts: Sequence[Part], form: Form | tuple[int, ...], dtype: jnp.dtype):
+        self.form = form if isinstance(form, Form) else Form(form)
+        self.parts, self.dtype = list(parts), jnp.dtype(dtype)
+        ids = [flat_indices(p.ids.reshape(-1), self.num_rows) for p in self.parts]
         self.indices = jnp.concatenate(ids) if ids else jnp.zeros(0, jnp.int32)
 
-    num_rows = property(lambda self: self.shape[0])
+    shape = property(lambda self: self.form.shape)
+    num_rows = property(lambda self: self.form.num_rows)
     ndim = property(lambda self: len(self.shape))
 
     def after(self, zero: Array) -> "Listed":
         """The same, whose indices wait for a `zero` to be known."""
-        out = Listed((), self.shape, self.dtype)
+        out = Listed((), self.form, self.dtype)
         out.parts, out.indices = self.parts, self.indices + zero.astype(self.indices.dtype)
         return out
 
@@ -62,13 +64,13 @@ class Listed:
         Returns:
           The sums, made in at least float32 and rounded once.
         """
-        return _sums(self.parts, slot, first, size, self.shape[1:], self.dtype)
+        return _sums(self.parts, slot, first, size, self.form.features, self.dtype)
 
     def coalesced(self) -> RowSparse:
         """The `RowSparse` with each row listed once, ascending, padding last."""
         size = min(self.indices.size, self.num_rows)
-        indices, rows = _coalesced(self.parts, self.indices, size, self.shape, self.dtype)
-        return RowSparse._make(indices, rows, self.shape, True)
+        indices, rows = _coalesced(self.parts, self.indices, size, self.form, self.dtype)
+        return RowSparse._make(indices, rows, self.form, True)
 
     def unsummed(self) -> "Listed":
         """What lists the same and may repeat rows."""
@@ -76,13 +78,12 @@ class Listed:
 
     def added_to(self, table: Array) -> Array:
         """`table` with the gradient added."""
-        summed = self.coalesced()
-        return add_rows(table, summed.indices, summed.rows)
+        return table + self.coalesced()
 
 
 def as_listed(grad: RowSparse) -> Listed:
     """A gradient whose rows may repeat."""
-    return Listed([Part(grad.indices[None], grad.rows)], grad.shape, grad.dtype)
+    return Listed([Part(grad.indices[None], grad.rows)], grad.form, grad.dtype)
 
 
 def _sums(
@@ -107,10 +108,10 @@ def _sums(
 
 @partial(jax.jit, inline=True, static_argnums=(2, 3, 4))  # outside of any other jit it is one call
 def _coalesced(
-    parts: Sequence[Part], indices: Array, size: int, shape: tuple[int, ...], dtype: jnp.dtype
+    parts: Sequence[Part], indices: Array, size: int, form: Form, dtype: jnp.dtype
 ) -> tuple[Array, Array]:
-    slots = distinct(indices, shape[0], size)
-    return slots.indices, _sums(parts, slots.slot, 0, size, shape[1:], dtype)
+    slots = distinct(indices, form.num_rows, size)
+    return slots.indices, _sums(parts, slots.slot, 0, size, form.features, dtype)
 
 
 def _add(total: Array, slot: Array, rows: Array) -> Array:

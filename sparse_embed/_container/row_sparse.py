@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from sparse_embed._container.each_block import add_rows
-from sparse_embed._container.indices import Slots, as_integers, distinct, flat_indices, widened
+from sparse_embed._container.added import add_to
+from sparse_embed._container.form import Form, row_axes_of
+from sparse_embed._container.indices import as_integers, widened
 from sparse_embed._container.row_numbers import locked, unlocked
-from sparse_embed._container.segments import segment_sum
+from sparse_embed._container.segments import sum_repeats
 from sparse_embed._core import describe, is_concrete, message
 
 
@@ -31,10 +32,15 @@ class RowSparse:
     own, `key<whole chain inside se.lazy>`: a stock optax transform that would change them, or count
     them, raises while it is traced. Put the whole chain inside `se.lazy`, or take `se.global_norm`.
 
+    Rows are the first axis of a table. Those of a stack `[F, V, D]`, read as `tables[f, ids]`, are
+    numbered by two, `row_axes=(0, 1)`: row `v` of table `f` is `f * V + v`. Those of a table that
+    is read as `table[:, ids]` run along the second, `row_axes=(1,)`.
+
     Args:
       indices: `[n]` integers, the row numbers.
       rows: `[n, *features]` floats, the rows that belong to `indices`.
       shape: `(num_rows, *features)`, the shape of the table. Static.
+      row_axes: the axes of the table that number its rows; `features` are all others. Static.
 
     Raises:
       TypeError: `indices` are not integers.
@@ -49,47 +55,53 @@ class RowSparse:
       [1.0, 1.0]
     """
 
-    __slots__ = ("_indices", "_locked", "_rows", "_source", "coalesced", "shape")
+    __slots__ = ("_indices", "_locked", "_rows", "_source", "coalesced", "form")
     __array_ufunc__ = None  # numpy must leave `table + row_sparse` to this class
 
-    shape: tuple[int, ...]
+    form: Form  # its shape and row axes
     coalesced: bool  # rows ascending and distinct, padding last: as `coalesce` returns them
 
-    def __init__(self, indices: ArrayLike, rows: ArrayLike, shape: tuple[int, ...]):
+    def __init__(
+        self, indices: ArrayLike, rows: ArrayLike, shape: tuple[int, ...], *, row_axes: Any = (0,)
+    ):
         indices = widened(as_integers(indices, "indices", "RowSparse(indices, rows, shape)"))
         rows, shape = jnp.asarray(rows), tuple(shape)
-        if indices.ndim != 1 or not shape or rows.shape != indices.shape + shape[1:]:
+        axes = row_axes_of(row_axes, len(shape))
+        form = Form(shape, axes or ())
+        if indices.ndim != 1 or not axes or rows.shape != indices.shape + form.features:
             raise ValueError(
                 message(
                     "RowSparse(indices, rows, shape): expected indices [n], rows [n, *features] "
                     "and shape (num_rows, *features).",
-                    f"indices {describe(indices)}, rows {describe(rows)}, shape {shape}",
+                    f"indices {describe(indices)}, rows {describe(rows)}, shape {shape}, "
+                    f"row_axes={row_axes}",
                     "RowSparse(ids.reshape(-1), rows.reshape(-1, *table.shape[1:]), table.shape)",
                 )
             )
-        self._fill(indices, _NONE, rows, shape, False)
+        self._fill(indices, _NONE, rows, form, False)
 
     def _fill(self, *parts: Any) -> RowSparse:
-        self._indices, self._locked, self._rows, self.shape, self.coalesced = parts
+        self._indices, self._locked, self._rows, self.form, self.coalesced = parts
         self._source = None
         return self
 
     @classmethod
     def _make(
-        cls, indices: Array, rows: Array, shape: tuple[int, ...], coalesced: bool
+        cls, indices: Array, rows: Array, form: Form | tuple[int, ...], coalesced: bool
     ) -> RowSparse:
         """Builds one without the checks, from arrays known to belong together."""
-        return cls.__new__(cls)._fill(indices, _NONE, rows, shape, coalesced)
+        form = form if isinstance(form, Form) else Form(form)
+        return cls.__new__(cls)._fill(indices, _NONE, rows, form, coalesced)
 
     @classmethod
     def _deferred(cls, source: Any) -> RowSparse:
         """That of a source, made when its indices or rows are asked for.
 
-        Sources are `Listed` and `DeferredUpdate`: `shape`, `dtype`, `coalesced()` makes the
+        Sources are `Listed` and `DeferredUpdate`: `form`, `dtype`, `coalesced()` makes the
         `RowSparse`, `unsummed()` what has the same sums, `added_to(table)` the table with it, a few
         rows at a time.
         """
-        out = cls.__new__(cls)._fill(_NONE, _NONE, _NONE, source.shape, True)
+        out = cls.__new__(cls)._fill(_NONE, _NONE, _NONE, source.form, True)
         out._source = source
         return out
 
@@ -117,18 +129,20 @@ class RowSparse:
             numbers = locked(made._indices)
             if is_concrete(numbers):
                 made._locked = numbers
-        return ((_INDICES, numbers), (_ROWS, made._rows)), made.shape
+        return ((_INDICES, numbers), (_ROWS, made._rows)), made.form
 
     @classmethod
-    def tree_unflatten(cls, shape: tuple[int, ...], children: tuple[Any, ...]) -> RowSparse:
+    def tree_unflatten(cls, form: Form, children: tuple[Any, ...]) -> RowSparse:
         # No checks here: jax unflattens with placeholders of every kind. Nor is it known what was
         # mapped over the leaves: lists may have been joined, cut or mixed, so repeats are possible.
-        return cls.__new__(cls)._fill(_NONE, *children, shape, False)
+        return cls.__new__(cls)._fill(_NONE, *children, form, False)
 
     def __reduce__(self) -> Any:
-        return RowSparse._make, (self.indices, self.rows, self.shape, self.coalesced)
+        return RowSparse._make, (self.indices, self.rows, self.form, self.coalesced)
 
-    num_rows = property(lambda self: self.shape[0], doc="Rows of the table.")
+    shape = property(lambda self: self.form.shape, doc="Shape of the table.")
+    row_axes = property(lambda self: self.form.row_axes, doc="Its axes that number its rows.")
+    num_rows = property(lambda self: self.form.num_rows, doc="Rows of the table.")
     ndim = property(lambda self: len(self.shape), doc="Dimensions of the table.")
     dtype = property(lambda self: (self._source or self._rows).dtype, doc="dtype of the rows.")
 
@@ -151,35 +165,31 @@ class RowSparse:
         if self._source is not None:
             return self._source.added_to(table)
         grad = summed(self, "table + row_sparse")
-        return add_rows(table, grad.indices, grad.rows)
+        return add_to(table, grad.form, grad.indices, grad.rows)
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, RowSparse):
             return self.__radd__(other)
-        if other.shape != self.shape:
+        if other.form != self.form:
             raise ValueError(
                 message(
                     "a + b: two RowSparse of different shapes.",
-                    f"shapes {self.shape} and {other.shape}",
+                    f"{self!r} and {other!r}",
                     "a.todense() + ..., or add gradients of the same table",
                 )
             )
         a, b = checked(self, "a + b"), checked(other, "a + b")
         indices = jnp.concatenate([a.indices, b.indices])
-        return RowSparse._make(indices, jnp.concatenate([a.rows, b.rows]), a.shape, False)
+        return RowSparse._make(indices, jnp.concatenate([a.rows, b.rows]), a.form, False)
 
     def __mul__(self, scalar: ArrayLike) -> RowSparse:
         if jnp.ndim(scalar) != 0:
-            raise ValueError(
-                message(
-                    "row_sparse * x: x must be a scalar.",
-                    describe(scalar),
-                    "RowSparse(g.indices, g.rows * x[g.indices], g.shape)",
-                )
-            )
+            wrote, instead = "row_sparse * x: x must be a scalar.", "g.rows * x[g.indices]"
+            instead = f"RowSparse(g.indices, {instead}, g.shape)"
+            raise ValueError(message(wrote, describe(scalar), instead))
         grad = checked(self, "row_sparse * scalar")
         rows = (grad.rows * scalar).astype(grad.dtype)
-        return RowSparse._make(grad.indices, rows, grad.shape, grad.coalesced)
+        return RowSparse._make(grad.indices, rows, grad.form, grad.coalesced)
 
     __rmul__ = __mul__
 
@@ -194,7 +204,8 @@ class RowSparse:
 
     def __repr__(self) -> str:
         listed = getattr(self.indices, "shape", "?")
-        return f"RowSparse({describe(self.rows)} at indices {listed}, shape={self.shape})"
+        axes = "" if self.form.plain else f", row_axes={self.row_axes}"
+        return f"RowSparse({describe(self.rows)} at indices {listed}, shape={self.shape}{axes})"
 
 
 _NONE: Any = object()  # not there yet
@@ -208,7 +219,7 @@ def is_row_sparse(x: Any) -> bool:
 
 def checked(grad: RowSparse, caller: str) -> RowSparse:
     """`grad`; raises if it is a stack of several. `caller` is how the user wrote the call."""
-    if grad._source is None and jnp.ndim(grad._rows) != grad.ndim:
+    if grad._source is None and jnp.ndim(grad._rows) != 1 + len(grad.form.features):
         raise ValueError(
             message(
                 f"{caller}: a RowSparse that was stacked or batched, as by scan or vmap.",
@@ -225,18 +236,14 @@ def summed(grad: RowSparse, caller: str) -> RowSparse:
     grad = unsummed(grad, caller)
     if not isinstance(grad, RowSparse):
         return grad.coalesced()
-    return grad if grad.coalesced else sum_repeats(grad, min(grad.indices.size, grad.num_rows))[0]
+    if grad.coalesced:
+        return grad
+    size = min(grad.indices.size, grad.num_rows)
+    slots, rows = sum_repeats(grad.indices, grad.rows, grad.num_rows, size)
+    return RowSparse._make(slots.indices, rows, grad.form, True)
 
 
 def unsummed(grad: RowSparse, caller: str) -> Any:
     """`grad` checked; or, where its repeats are not summed yet, the `Listed` it is made of."""
     grad = checked(grad, caller)
     return grad if grad._source is None else grad._source.unsummed()
-
-
-def sum_repeats(grad: RowSparse, size: int) -> tuple[RowSparse, Slots]:
-    """`grad` with each row listed once, in `size` entries, and where its entries went."""
-    indices = flat_indices(grad.indices, grad.num_rows)
-    slots = distinct(indices, grad.num_rows, size)
-    rows = segment_sum(grad.rows, slots.slot, size)
-    return RowSparse._make(slots.indices, rows, grad.shape, True), slots

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from sparse_embed._container.indices import Slots, distinct, flat_indices
+
 
 def sum_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype in which repeats are summed: `dtype` widened to at least float32."""
@@ -25,6 +27,12 @@ def segment_sum(rows: Array, slot: Array, size: int) -> Array:
     wide = sum_dtype(rows.dtype)
     total = jnp.zeros((size, *rows.shape[1:]), wide)
     return total.at[slot].add(rows.astype(wide), mode="drop").astype(rows.dtype)
+
+
+def sum_repeats(indices: Array, rows: Array, num_rows: int, size: int) -> tuple[Slots, Array]:
+    """Each row listed once, in `size` entries: where its entries went, and their sums."""
+    slots = distinct(flat_indices(indices, num_rows), num_rows, size)
+    return slots, segment_sum(rows, slots.slot, size)
 
 
 def segment_count(slot: Array, size: int) -> Array:

@@ -36,8 +36,13 @@ from sparse_embed._core.jaxpr import while_tracing as while_tracing
 from sparse_embed._core.pages import ask_for_huge_pages as ask_for_huge_pages
 from sparse_embed._core.rowwise import ELEMENTWISE as ELEMENTWISE
 from sparse_embed._core.rowwise import REDUCTIONS as REDUCTIONS
+from sparse_embed._core.rowwise import ROW_WISE as ROW_WISE
+from sparse_embed._core.rowwise import Axes as Axes
+from sparse_embed._core.rowwise import as_block as as_block
 from sparse_embed._core.rowwise import bind_on_rows as bind_on_rows
 from sparse_embed._core.rowwise import is_row_wise as is_row_wise
+from sparse_embed._core.rowwise import operand_axes as operand_axes
+from sparse_embed._core.rowwise import rows_of as rows_of
 from sparse_embed._core.signature import signature as signature
 from sparse_embed._core.tuning import Tuning as Tuning
 from sparse_embed._core.tuning import in_blocks as in_blocks

@@ -1,31 +1,85 @@
 """Table-shaped values that are computed only at the rows that are read."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._container import loosely
-from sparse_embed._core import JaxprEqn, bind, bind_on_rows
+from sparse_embed._core import Axes, JaxprEqn, bind
+from sparse_embed._differentiate.tags import Path
+from sparse_embed._views import Ids, Part, View, taken, view_of
+
+
+class Place(NamedTuple):
+    """Which rows of a value are asked for."""
+
+    axes: Axes  # along which they run
+    ids: Ids  # in range, `[n]` along each of these
+    inside: Array | None = None  # which of them the read shows at all; `None`: all
+    path: Path = ()  # the views that were gone through
+
+
+class Reading:
+    """One read, on its way back to the leaves.
+
+    Args:
+      taps: by path and leaf.
+
+    Attributes:
+      found: where it arrived, by path and axes of the leaves.
+    """
+
+    def __init__(self, taps: dict[Any, Array]):
+        self.taps = taps
+        self.found: dict[tuple[Path, Axes], Place] = {}
+        self.memo: dict[Any, Array] = {}
 
 
 class Delayed:
-    """A table-shaped value, kept as the row-wise operations that make it."""
+    """A table-shaped value, kept as the operations that make it.
 
-    def __init__(self, eqn: JaxprEqn, operands: list[Any], out: int):
-        self.eqn, self.operands, self.out = eqn, operands, out
+    Args:
+      eqn: the last of them.
+      operands: of which, and of ordinary arrays, it is made.
+      out: which output of the equation it is.
+      visit: tells the equation from itself in another call of the same function.
+    """
+
+    def __init__(self, eqn: JaxprEqn, operands: list[Any], out: int, visit: int):
+        self.eqn, self.operands, self.out, self.visit = eqn, operands, out, visit
 
     def whole(self) -> Array:
         return bind(self.eqn, whole(self.operands))[self.out]
 
-    def rows(self, ids: Array, taps: dict[int, Array], memo: dict[int, Array]) -> Array:
-        """Its rows at in-range `ids` `[n]`, with the taps of its leaves added."""
-        if id(self) not in memo:
-            height = self.eqn.outvars[self.out].aval.shape[0]
-            blocks = [_rows(x, height, ids, taps, memo) for x in self.operands]
-            memo[id(self)] = bind_on_rows(self.eqn, blocks, ids.shape[0])[self.out]
-        return memo[id(self)]
+    def rows(self, place: Place, reading: Reading) -> Array:
+        """Its rows `[n, *features]`, with the taps of its leaves added."""
+        key = id(self), place.path, place.axes
+        if key not in reading.memo:
+            view = view_of(self.eqn, self.out, place.axes)
+            assert view is not None, "the walk found it"
+            values = list(self.operands)
+            inside: list[Array | None] = [None] * len(values)
+            for part in view.parts:
+                i = part.operand
+                values[i], inside[i] = self._part(part, view, place, reading)
+            reading.memo[key] = view.join(values, inside, place.ids)
+        return reading.memo[key]
+
+    def _part(
+        self, part: Part, view: View, place: Place, reading: Reading
+    ) -> tuple[Array, Array | None]:
+        x, ids, there, path = self.operands[part.operand], place.ids, None, place.path
+        if part.move is not None:
+            extra = whole([self.operands[i] for i in view.extra])
+            ids, there = part.move(ids, *extra)
+            path = (*path, (self.visit, part.operand))
+        if not isinstance(x, Delayed) or not part.axes:
+            return taken(*whole([x]), part.axes, ids), there
+        inside = there if place.inside is None else place.inside
+        if there is not None and place.inside is not None:
+            inside = place.inside & there
+        return x.rows(Place(part.axes, ids, inside, path), reading), there
 
 
 class Leaf(Delayed):
@@ -37,19 +91,18 @@ class Leaf(Delayed):
     def whole(self) -> Array:
         return self.table
 
-    def rows(self, ids: Array, taps: dict[int, Array], memo: dict[int, Array]) -> Array:
-        if id(self.number) not in memo:
-            rows = loosely(self.table.at[ids].get(mode="promise_in_bounds"), ids)
-            tap = taps.get(self.number)
-            memo[id(self.number)] = rows if tap is None else rows + tap
-        return memo[id(self.number)]
-
-
-def _rows(x: Any, height: int, ids: Array, taps: dict, memo: dict) -> Any:
-    if isinstance(x, Delayed):
-        return x.rows(ids, taps, memo)
-    tall = jnp.ndim(x) and jnp.shape(x)[0] == height and height > 1
-    return jnp.asarray(x).at[ids].get(mode="promise_in_bounds") if tall else x
+    def rows(self, place: Place, reading: Reading) -> Array:
+        order = sorted(range(len(place.axes)), key=lambda j: place.axes[j])
+        axes, ids = tuple(place.axes[j] for j in order), tuple(place.ids[j] for j in order)
+        key = self.number, place.path, axes
+        if key not in reading.memo:
+            reading.found[place.path, axes] = place._replace(axes=axes, ids=ids)
+            rows = taken(self.table, axes, ids)
+            if axes == (0,):
+                rows = loosely(rows, ids[0])
+            tap = reading.taps.get(key)
+            reading.memo[key] = rows if tap is None else rows + tap
+        return reading.memo[key]
 
 
 def whole(values: Sequence[Any]) -> list[Any]:
@@ -88,7 +141,8 @@ def taken_apart(
                 return Leaf(x.number, new[places[id(x.table)]])
             if isinstance(x, Delayed):
                 if id(x) not in made:
-                    made[id(x)] = Delayed(x.eqn, [make(o) for o in x.operands], x.out)
+                    operands = [make(o) for o in x.operands]
+                    made[id(x)] = Delayed(x.eqn, operands, x.out, x.visit)
                 return made[id(x)]
             return new[places[id(x)]] if id(x) in places else x
 

@@ -1,14 +1,17 @@
 """What the walk finds out and the rerun follows: sites, steps, plans."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._core import JaxprEqn, manual_axes
-from sparse_embed._differentiate.reads import RowRead
-from sparse_embed._differentiate.tags import Tag
+from sparse_embed._container import Form, widened
+from sparse_embed._core import Axes, JaxprEqn, manual_axes
+from sparse_embed._differentiate.tags import Path, Tag
+from sparse_embed._views import RowRead
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Site:
       shape: shape of the ids as seen from the plan that holds the site: `[*outer, *lead]`, with
         one outer axis for each `scan` and `shard_map` in between.
       axes: mesh axes over which the ids differ between devices.
+      path: the views between the read and the leaves.
+      row_axes: the axes of the leaves along which their rows run.
+      sizes: how many there are along each.
       bag: the axis of the ids, counted from the last, over which the program adds the rows up
         right away; `None` if it does not. The taps are then those of the sums.
     """
@@ -33,6 +39,25 @@ class Site:
     line: str
     shape: tuple[int, ...]
     axes: tuple[str, ...] = ()
+    path: Path = ()
+    row_axes: Axes = (0,)
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return prod(self.sizes)
+
+    def form(self, leaf: Array) -> Form:
+        """How the rows of a leaf lie in it."""
+        return Form(leaf.shape, self.row_axes)
+
+    def flat(self, ids: Sequence[Array]) -> Array:
+        """Row numbers of the leaves, of ids along each of `row_axes`."""
+        number = widened(ids[0])
+        for size, i in zip(self.sizes[1:], ids[1:], strict=True):
+            number = number * size + i
+        return number
+
     bag: int | None = None
 
     @property
@@ -45,7 +70,7 @@ class Site:
 
     def nothing(self) -> Array:
         """Ids, where the read does not happen."""
-        return jnp.full(self.shape, 0 if self.lists == "asked" else self.read.num_rows, jnp.int32)
+        return jnp.full(self.shape, 0 if self.lists == "asked" else self.num_rows, jnp.int32)
 
     def under(self, length: int, axes: tuple[str, ...]) -> "Site":
         """The same site, seen from outside an axis of `length`."""
@@ -62,6 +87,7 @@ class Step:
       sites: the sites inside, as seen from outside the equation.
       keep: for each operand, whether it stays delayed when those jaxprs are entered.
       read: for a row read, how it reads.
+      visit: for what is delayed, the number that paths know it by.
     """
 
     kind: str
@@ -69,6 +95,7 @@ class Step:
     sites: list[Site] = field(default_factory=list)
     keep: tuple[bool, ...] = ()
     read: RowRead | None = None
+    visit: int = -1
 
     @property
     def bag(self) -> int | None:

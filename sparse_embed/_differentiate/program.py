@@ -23,7 +23,7 @@ from sparse_embed._core import (
     path_name,
 )
 from sparse_embed._differentiate.plan import Plan, WholeUse
-from sparse_embed._differentiate.tags import Tag
+from sparse_embed._differentiate.tags import Tag, leaf_tag
 from sparse_embed._differentiate.walk import Walk
 
 Tables = Callable[[tuple[Any, ...], Any], bool] | Any | None
@@ -43,8 +43,12 @@ class Program:
 
     def tags(self, tables: set[int]) -> list[Tag]:
         """The tag of each input: its own number where it is followed."""
-        own = [frozenset({k}) for k in range(len(self.leaves))]
-        return [Tag(own[k], own[k], leaf=True) if k in tables else Tag() for k in range(len(own))]
+        return [leaf_tag(k) if k in tables else Tag() for k in range(len(self.leaves))]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Those of the leaves."""
+        return [jnp.shape(x) for x in self.leaves]
 
 
 def trace(
@@ -142,17 +146,18 @@ def find_tables(program: Program, tables: Tables, live: Sequence[bool]) -> tuple
         and (named is None or k in named)
     }
     first = True
+    cut: frozenset[int] = frozenset()
     while True:
-        walk = Walk()
+        walk = Walk(program.shapes, cut=cut)
         plan = walk.plan(program.jaxpr, program.tags(found), live)
         if first:
             _report(program, walk, strict=named is not None)
         kept = found - {use.leaf for use in walk.whole_uses}
         if named is None:  # constant slices are no lookups
             kept &= walk.looked_up.keys()
-        if kept == found:
+        if kept == found and walk.to_cut <= cut:
             return found, plan
-        found, first = kept, False
+        found, cut, first = kept, cut | walk.to_cut, False
 
 
 def _named(program: Program, tables: Tables) -> set[int] | None:

@@ -21,16 +21,10 @@ from sparse_embed._core import (
     manual_axes,
     open_jaxpr,
     scan_split,
-    tuning,
 )
 from sparse_embed._differentiate.delayed import Delayed, taken_apart, whole
 from sparse_embed._differentiate.plan import Plan, Step, site_axes
-
-Values = list[Any]
-Outs = tuple[Values, list[Array]]  # outputs, and the ids of the sites
-Taps = tuple[Array, ...]  # one tap `[*site.tap_shape, *features]` for each leaf of a site
-ManyTaps = Sequence[Taps]
-LaidOut = list[Array] | None
+from sparse_embed._differentiate.read import LaidOut, ManyTaps, Outs, Values, read_rows
 
 
 def rerun(
@@ -62,7 +56,7 @@ def rerun(
         else:
             inside = [next(left) for _ in step.sites]
             if step.kind == "read":
-                outs, found = _read(eqn, step, values, inside, laid_out)
+                outs, found = read_rows(eqn, step, values, inside, laid_out)
             elif step.kind == "call":
                 body = called_jaxpr(eqn)
                 outs, found = rerun(step.plans[0], *body, values, inside, laid_out)
@@ -74,7 +68,7 @@ def rerun(
 
 
 def _row_op(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps) -> Outs:
-    return [Delayed(eqn, values, i) for i in range(len(eqn.outvars))], []
+    return [Delayed(eqn, values, i, step.visit) for i in range(len(eqn.outvars))], []
 
 
 def _same_rows(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps) -> Outs:
@@ -83,30 +77,6 @@ def _same_rows(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps) -> Out
         for i, v in zip(plain, bind(eqn, [values[i] for i in plain]), strict=True):
             values[i] = v
     return values, []
-
-
-def _read(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: LaidOut) -> Outs:
-    table, *starts = values
-    if not isinstance(table, Delayed):  # an ordinary array, read at ids made of a table
-        return bind(eqn, whole(values)), []
-    assert step.read is not None
-    ids = step.read.ids(whole(starts))
-    if step.bag is not None:
-        total = step.read.sum(table.whole(), ids, step.bag)
-        return [total + taps[0][0]], [ids.listed]
-    flat = ids.safe.reshape(-1)
-    named = {}
-    for site, tap in zip(step.sites, taps, strict=True):
-        if site.lists == "listed":
-            features = [t.shape[len(site.shape) :] for t in tap]
-            flat_taps = [t.reshape(-1, *f) for t, f in zip(tap, features, strict=True)]
-            named = dict(zip(site.leaves, flat_taps, strict=True))
-    rows = table.rows(flat, named, {})
-    if laid is not None and tuning.keeps(rows):
-        rows = jax.lax.optimization_barrier(rows)
-        laid.append(rows)
-    out = step.read.place(rows.reshape(*ids.safe.shape, *rows.shape[1:]), ids)
-    return [out], [getattr(ids, site.lists) for site in step.sites]
 
 
 def _done(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps) -> Outs:

@@ -12,7 +12,8 @@ from sparse_embed._core import is_concrete, is_float, message, tuning, varying_a
 from sparse_embed._differentiate.delayed import Leaf, whole
 from sparse_embed._differentiate.plan import Plan, Site
 from sparse_embed._differentiate.program import Program, Tables, find_tables, trace
-from sparse_embed._differentiate.rerun import Taps, rerun
+from sparse_embed._differentiate.read import Taps
+from sparse_embed._differentiate.rerun import rerun
 
 
 def value_and_listed(
@@ -100,11 +101,12 @@ def _differentiate(
     gradients: list[Array] = []
     for k in tables:
         parts = [
-            _part(site, listed, tap[site.leaves.index(k)], leaves[k].shape[1:])
+            _part(site, listed, tap[site.leaves.index(k)], site.form(leaves[k]).features)
             for site, listed, tap in zip(plan.sites, ids, tap_grads, strict=True)
             if k in site.leaves
         ]
-        grads[k] = Listed(parts, leaves[k].shape, leaves[k].dtype)
+        forms = [site.form(leaves[k]) for site in plan.sites if k in site.leaves]
+        grads[k] = Listed(parts, forms[0] if forms else leaves[k].shape, leaves[k].dtype)
         gradients += [part.rows for part in parts]
     if tables and not is_concrete(*outs):
         _tie([*outs, *read], grads)
@@ -131,7 +133,8 @@ def _check_devices(program: Program, plan: Plan) -> None:
 
 def _tap(site: Site, table: Array) -> Array:
     minus_zero = -0.0 if jnp.issubdtype(table.dtype, jnp.floating) else complex(-0.0, -0.0)
-    return jnp.full((*site.tap_shape, *table.shape[1:]), minus_zero, table.dtype)
+    shape = *site.tap_shape, *site.form(table).features
+    return jnp.full(shape, minus_zero, table.dtype)
 
 
 def _part(site: Site, ids: Array, rows: Array, features: tuple[int, ...]) -> Part:

@@ -47,7 +47,7 @@ def touched(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Callab
         program = trace(fun, argnums, args, kwargs)
         rows: list[Array | None] = [None] * len(program.leaves)
         for leaf, read in _reads(program, "read").items():
-            num_rows = program.leaves[leaf].shape[0]
+            num_rows = read[0][0].num_rows
             ids = flat_indices(jnp.concatenate([i.reshape(-1) for _, i in read]), num_rows)
             rows[leaf] = distinct(ids, num_rows, min(ids.size, num_rows)).indices
         return program.treedef.unflatten(rows)
@@ -114,8 +114,9 @@ def _reads(
     """For each leaf that is read only by row: its sites and their ids."""
     leaves = program.leaves
     found = {k for k, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0) and leaf.size}
+    cut: frozenset[int] = frozenset()
     while True:
-        walk = Walk(lists)
+        walk = Walk(program.shapes, lists, cut)
         plan = walk.plan(program.jaxpr, program.tags(found), [True] * len(program.jaxpr.outvars))
         if walk.in_while and lists == "read":
             names = [program.names[k] for k in sorted(walk.in_while)]
@@ -128,9 +129,9 @@ def _reads(
             )
         returned = frozenset().union(*(t.read for t in plan.out_tags))
         kept = found & walk.looked_up.keys() - {u.leaf for u in walk.whole_uses} - returned
-        if kept == found:
+        if kept == found and walk.to_cut <= cut:
             break
-        found = kept
+        found, cut = kept, cut | walk.to_cut
     reads: dict[int, list[tuple[Site, Array]]] = {k: [] for k in sorted(found)}
     for site, ids in _ids(program, plan, found):
         for leaf in site.leaves:

@@ -8,29 +8,26 @@ need a dense gradient.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any, Literal
 
 from sparse_embed._core import (
     CALLS,
-    CHECKPOINTS,
     CUSTOM_RULES,
+    ELEMENTWISE,
+    Axes,
     JaxprEqn,
     called_jaxpr,
-    is_row_wise,
-    manual_axes,
-    open_jaxpr,
-    scan_split,
     source_line,
     varying_axes,
 )
-from sparse_embed._differentiate.live import live_carry, live_vars, only_uses
-from sparse_embed._differentiate.plan import Plan, Site, Step, WholeUse, site_axes
-from sparse_embed._differentiate.reads import RowRead, row_read
-from sparse_embed._differentiate.tags import Tag, behind, constant, join, tag_of, through, user
-
-Found = tuple[Step | None, Sequence[Tag]]  # the step of an equation, the tags of its outputs
+from sparse_embed._differentiate.enter import ENTER, Found
+from sparse_embed._differentiate.live import live_vars, only_uses
+from sparse_embed._differentiate.plan import Plan, Site, Step, WholeUse
+from sparse_embed._differentiate.sources import Sources, blamed, sources
+from sparse_embed._differentiate.tags import Tag, behind, join, ordinary, tag_of, through, user
+from sparse_embed._views import RowRead, can_be_delayed, row_read
 
 _SAME_ROWS = frozenset("optimization_barrier pvary sharding_constraint".split())
 
@@ -39,6 +36,7 @@ class Walk:
     """A walk, and what it has met so far.
 
     Args:
+      shapes: of the leaves.
       lists: which `Ids` of a read to list. "listed" takes the differentiated reads only, where
         the gradient goes; "read" and "asked" take every read.
 
@@ -46,16 +44,28 @@ class Walk:
       whole_uses: the whole uses, in program order.
       looked_up: the leaves that are read by row at ids, be it behind a whole use, with the number
         of ids: tables.
+      row_axes: for each leaf that is read by row, the axes along which its rows run.
+      cut: constant slices that are reads of rows, by identity of their equations. All others are
+        views, of which rows may be read.
+      to_cut: those that would better be cut: they are used whole.
       in_while: leaves whose rows are read inside a `while_loop`, which no ids can leave.
     """
 
-    def __init__(self, lists: Literal["listed", "read", "asked"] = "listed"):
-        self.lists = lists
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        lists: Literal["listed", "read", "asked"] = "listed",
+        cut: Set[int] = frozenset(),
+    ):
+        self.shapes, self.lists, self.cut = shapes, lists, cut
         self.list_all = lists != "listed"
         self.whole_uses: list[WholeUse] = []
         self.looked_up: Counter[int] = Counter()
+        self.row_axes: dict[int, Axes] = {}
+        self.to_cut: set[int] = set()
         self.in_while: set[int] = set()
-        self._loops = 0
+        self._visits = 0
+        self.loops = 0
         self._calls: list[str] = []
 
     def plan(
@@ -80,6 +90,7 @@ class Walk:
         plan = Plan()
         live = live_vars(jaxpr, live_out)
         only = only_uses(jaxpr)
+        repeats = {e.outvars[0]: n for n, e in enumerate(jaxpr.eqns) if _repeats(e)}
         env: dict[Any, Tag] = dict(zip(jaxpr.invars, in_tags, strict=True))
         for number, eqn in enumerate(jaxpr.eqns):
             tags = [tag_of(env, v) for v in eqn.invars]
@@ -91,6 +102,10 @@ class Walk:
             step, out_tags = self._step(eqn, tags, outs_live, then)
             if step is not None and any(t.read for t in tags):
                 plan.steps[number] = step
+                for v in ordinary(eqn, tags) if step.kind == "row_op" else []:
+                    if v in repeats and only.get(v) == number:
+                        self._visits += 1  # a mask of rows, say, is not laid out for all features
+                        plan.steps[repeats[v]] = Step("row_op", visit=self._visits)
                 for use in (uses[i] for i in step.summed):
                     if use < 0:
                         plan.summed.add(-1 - use)
@@ -106,14 +121,18 @@ class Walk:
     ) -> Found:
         """`then`: for each output the equation that alone uses it, if there is one."""
         name, read = eqn.primitive.name, row_read(eqn)
-        if read is not None:
+        is_view = name == "slice" and id(eqn) not in self.cut
+        if read is not None and not is_view and not _is_read_again(eqn, read, tags, then):
             found = self._read(eqn, read, tags, live[0])
             bag = read.summed_axis(then[0]) if then[0] else None
             if bag is not None and tags[0].leaf and self.lists == "listed" and found.sites:
                 found.sites = [replace(found.sites[0], bag=bag)]
             return found, [Tag()]
-        if is_row_wise(eqn, [bool(t.read) for t in tags]):
-            return Step("row_op"), [through(eqn, tags, v) for v in eqn.outvars]
+        if can_be_delayed(eqn) and any(t.node for t in tags) and not self._spreads(eqn, tags):
+            self._visits += 1
+            step = Step("row_op", visit=self._visits)
+            call, outs = self._calls[-1] if self._calls else "", range(len(eqn.outvars))
+            return step, [through(eqn, tags, i, step.visit, call) for i in outs]
         if name in _SAME_ROWS:
             return Step("same_rows"), tags
         if name in CALLS:
@@ -121,128 +140,102 @@ class Walk:
             plan = self.plan(called_jaxpr(eqn)[0], tags, live, then)
             self._calls.pop()
             return Step("call", (plan,), plan.sites), plan.out_tags
-        if name in _ENTER:
-            return _ENTER[name](self, eqn, tags, live)
-        return self._whole(eqn, tags, live)
+        if name in ENTER:
+            return ENTER[name](self, eqn, tags, live)
+        return self.whole(eqn, tags, live)
+
+    def _spreads(self, eqn: JaxprEqn, tags: Sequence[Tag]) -> bool:
+        """Whether an array is repeated beyond the size of its table: a bias, say, for a batch."""
+        if eqn.primitive.name not in ELEMENTWISE | {"broadcast_in_dim"}:
+            return False
+        own = [v.aval for v, t in zip(eqn.invars, tags, strict=True) if t.read]
+        out = eqn.outvars[0].aval
+        if eqn.primitive.name == "broadcast_in_dim":  # its rows may get wider
+            in_front = eqn.params["broadcast_dimensions"][:1] == (0,)
+        else:
+            in_front = True
+        if in_front and any(x.shape[0] == out.shape[0] for x in own):
+            return False
+        return out.size > max(math.prod(self.shapes[k]) for t in tags for k in t.read)
 
     def _read(self, eqn: JaxprEqn, read: RowRead, tags: list[Tag], live: bool) -> Step:
         step, tag = Step("read", read=read), tags[0]
         if self.list_all and len(tags) > 1:  # ids made of a whole table
-            self._note(eqn.primitive.name, eqn, join(tags[1:]).read)
+            for t in tags[1:]:
+                self.need(eqn.primitive.name, eqn, t)
+        found = sources(tag.node, read.axes) if tag.node else Sources([], [])
         if not read.static:
-            for k in tag.read | tag.hidden:
+            rows = {s.leaf for s in found.rows} | {n.leaf for n in found.whole if not n.spread}
+            for k in rows | tag.hidden:
                 self.looked_up[k] += math.prod(read.lead)
-        leaves = tag.read if self.list_all else tag.live if live else frozenset()
-        if self._loops and leaves:
+        for need in found.whole:
+            if self.list_all or (live and need.live):
+                self._note(need.node.eqn.primitive.name, need.node.eqn, {need.leaf}, need.node.call)
+        listed = [s for s in found.rows if self.list_all or (live and s.live)]
+        if self.loops and listed:
+            leaves = {s.leaf for s in listed}
             self.in_while |= leaves
             self._note("while", eqn, leaves)
-        elif leaves:
-            axes = tuple(sorted(varying_axes(eqn.outvars[0].aval)))
-            listed = tuple(sorted(leaves))
-            step.sites = [Site(read, listed, self.lists, self._line(eqn), read.lead, axes)]
+            return step
+        mesh = tuple(sorted(varying_axes(eqn.outvars[0].aval)))
+        line = self._line(eqn)
+        for path, axes in dict.fromkeys((s.path, s.axes) for s in listed):
+            own = sorted({s.leaf for s in listed if (s.path, s.axes) == (path, axes)})
+            for k in own:
+                if self.row_axes.setdefault(k, axes) != axes:
+                    self._note(eqn.primitive.name, eqn, {k})
+            sizes = tuple(self.shapes[own[0]][a] for a in axes)
+            site = Site(read, tuple(own), self.lists, line, read.lead, mesh, path, axes, sizes)
+            step.sites.append(site)
         return step
 
-    def _whole(self, eqn: JaxprEqn, tags: Sequence[Tag], live: Sequence[bool]) -> Found:
+    def whole(self, eqn: JaxprEqn, tags: Sequence[Tag], live: Sequence[bool]) -> Found:
         """An equation that needs its tagged operands whole."""
         name, whole = eqn.primitive.name, join(tags)
         leaves = whole.read if self.list_all else whole.live
         if any(live):
-            self._note(name, eqn, leaves)
+            for tag in tags:
+                self.need(name, eqn, tag)
+        if can_be_delayed(eqn):  # an array repeated: nobody looks its rows up
+            leaves = frozenset()
         hidden = whole.hidden | leaves
         if name in CUSTOM_RULES:  # it may look rows up inside
-            probe = Walk()
+            probe = Walk(self.shapes)
             body = called_jaxpr(eqn)[0]
             probe.plan(body, [Tag(hidden=t.hidden | t.read) for t in tags], live)
             self.looked_up += probe.looked_up
         return None, [behind(eqn, tags, hidden, v) for v in eqn.outvars]
 
-    def _note(self, name: str, eqn: JaxprEqn, leaves: frozenset[int]) -> None:
-        self.whole_uses += [WholeUse(k, name, self._line(eqn)) for k in sorted(leaves)]
+    def need(self, name: str, eqn: JaxprEqn, tag: Tag) -> None:
+        """A value is needed whole; of constant slices in it, just their rows."""
+        if tag.node is None:
+            return
+        leaves, slices = blamed(tag.node)
+        self._note(name, eqn, leaves & (tag.read if self.list_all else tag.live))
+        self.to_cut |= {id(e) for e in slices}
 
-    def _line(self, eqn: JaxprEqn) -> str:
+    def _note(self, name: str, eqn: JaxprEqn, leaves: Set[int], call: str = "") -> None:
+        line = self._line(eqn, call)
+        self.whole_uses += [WholeUse(k, name, line) for k in sorted(leaves)]
+
+    def _line(self, eqn: JaxprEqn, call: str = "") -> str:
         """The user's line; for an equation inside a jax function, that of its call."""
-        return source_line(eqn) or (self._calls[-1] if self._calls else "an unknown line")
-
-    def _checkpoint(self, eqn: JaxprEqn, tags: list[Tag], live: list[bool]) -> Found:
-        plan = self.plan(called_jaxpr(eqn)[0], tags, live)
-        return self._leave(eqn, Step("checkpoint", (plan,), plan.sites), live)
-
-    def _cond(self, eqn: JaxprEqn, tags: list[Tag], live: list[bool]) -> Found:
-        bodies = [open_jaxpr(b)[0] for b in eqn.params["branches"]]
-        plans = tuple(self.plan(body, tags[1:], live) for body in bodies)
-        sites = [s for plan in plans for s in plan.sites]
-        return self._leave(eqn, Step("cond", plans, sites), live)
-
-    def _scan(self, eqn: JaxprEqn, tags: list[Tag], live: list[bool]) -> Found:
-        split = scan_split(eqn)
-        if split is None:
-            return self._whole(eqn, tags, live)
-        consts, carry = split
-        body, _ = open_jaxpr(eqn.params["jaxpr"])
-        keep, inner = self._keep(eqn, tags, live, constant(body, tags, consts, carry))
-        inner[consts + carry :] = [Tag()] * (len(tags) - consts - carry)  # a row at a time
-        plan = self.plan(body, inner, live_carry(body, consts, carry, live))
-        sites = [s.under(eqn.params["length"], s.axes) for s in plan.sites]
-        step = Step("scan", (plan,), sites, keep)
-        return self._leave(eqn, step, live, inner[consts : consts + carry])
-
-    def _while(self, eqn: JaxprEqn, tags: list[Tag], live: list[bool]) -> Found:
-        in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        cond, body = (open_jaxpr(eqn.params[k])[0] for k in ("cond_jaxpr", "body_jaxpr"))
-        carry = len(eqn.outvars)
-        same = constant(body, tags[in_cond:], in_body, carry)
-        keep, inner = self._keep(eqn, tags, live, [True] * in_cond + same)
-        self._loops += 1
-        plans = (
-            self.plan(cond, inner[:in_cond] + inner[in_cond + in_body :], [False]),
-            self.plan(body, inner[in_cond:], live_carry(body, in_body, carry, live)),
-        )
-        self._loops -= 1
-        return self._leave(eqn, Step("while", plans, [], keep), live, inner[in_cond + in_body :])
-
-    def _shard_map(self, eqn: JaxprEqn, tags: list[Tag], live: list[bool]) -> Found:
-        replicated = [all(axis is None for axis in spec) for spec in eqn.params["in_specs"]]
-        keep, inner = self._keep(eqn, tags, live, replicated)
-        plan = self.plan(called_jaxpr(eqn)[0], inner, live)
-        manual, mesh = manual_axes(eqn), eqn.params["mesh"].shape
-        sites = []
-        for s in plan.sites:
-            devices = math.prod(mesh[a] for a in site_axes(eqn, s))
-            sites.append(s.under(devices, tuple(a for a in s.axes if a not in manual)))
-        return self._leave(eqn, Step("shard_map", (plan,), sites, keep), live)
-
-    def _keep(
-        self, eqn: JaxprEqn, tags: list[Tag], live: list[bool], can: Sequence[bool]
-    ) -> tuple[tuple[bool, ...], list[Tag]]:
-        """Which operands stay delayed inside, and the tags there; the others are used whole."""
-        keep = tuple(bool(t.read) and c for t, c in zip(tags, can, strict=True))
-        inner = [t if k else Tag(hidden=t.hidden | t.read) for t, k in zip(tags, keep, strict=True)]
-        lost = join([Tag(), *(t for t, k in zip(tags, keep, strict=True) if not k)])
-        if any(live):
-            self._note(eqn.primitive.name, eqn, lost.read if self.list_all else lost.live)
-        return keep, inner
-
-    def _leave(
-        self, eqn: JaxprEqn, step: Step, live: list[bool], constant: Sequence[Tag] = ()
-    ) -> Found:
-        """Outputs of an entered jaxpr are whole arrays, but for a carry that never changes."""
-        out_tags = [Tag()] * len(eqn.outvars)
-        out_tags[: len(constant)] = constant
-        for plan in step.plans[-1:] if step.kind == "while" else step.plans:
-            for i, tag in enumerate(plan.out_tags):
-                if out_tags[i].read:
-                    continue
-                if live[i]:
-                    leaves = tag.read if self.list_all else tag.live
-                    self._note(eqn.primitive.name, eqn, leaves)
-                out_tags[i] = Tag(hidden=tag.read | tag.hidden | out_tags[i].hidden)
-        return step, out_tags
+        calls = [call] if call else self._calls
+        return source_line(eqn) or (calls[-1] if calls else "an unknown line")
 
 
-_ENTER: dict[str, Callable[[Walk, JaxprEqn, list[Tag], list[bool]], Found]] = {
-    **dict.fromkeys(CHECKPOINTS, Walk._checkpoint),
-    "cond": Walk._cond,
-    "scan": Walk._scan,
-    "while": Walk._while,
-    "shard_map": Walk._shard_map,
-}
+def _repeats(eqn: JaxprEqn) -> bool:
+    """Whether it makes an array larger by repeating entries."""
+    if eqn.primitive.name != "broadcast_in_dim":
+        return False
+    return eqn.invars[0].aval.size < eqn.outvars[0].aval.size
+
+
+def _is_read_again(
+    eqn: JaxprEqn, read: RowRead, tags: Sequence[Tag], then: Sequence[JaxprEqn | None]
+) -> bool:
+    """Whether rows read are for a second read, of fewer: `table[order][ids]`. It is a view then."""
+    next_ = row_read(then[0]) if then[0] and then[0].primitive.name != "slice" else None
+    if next_ is None or read.run is not None or len(read.lead) != 1 or tags[0].node is None:
+        return False
+    return next_.axes == (0,) and math.prod(next_.lead) <= math.prod(read.lead)

@@ -29,6 +29,7 @@ from sparse_embed._update import (
     DEFER,
     LIST,
     BlockProgram,
+    Flat,
     Layouts,
     Update,
     check_state,
@@ -153,6 +154,8 @@ def lazy(
     ) -> tuple[Any, LazyState]:
         job, leaves = prepared(updates, state, params)
         given = None if params is None else jax.tree.leaves(params)
+        flat = Flat(job, leaves, given, extra)
+        job, leaves, given = flat.job, flat.state, flat.params
         found, reductions = None, None
         arrays = [
             *job.arrays(),
@@ -167,13 +170,14 @@ def lazy(
             found, leaves, row_counts = run_in_blocks(work, reductions, how)
         else:
             job = job.coalesced()
-            found, leaves, row_counts = run_update(job, leaves, params, state.row_counts, extra)
+            found, leaves, row_counts = run_update(job, leaves, given, state.row_counts, extra)
         if how == APPLY and given is not None:
             found = [
                 x if reductions is not None and k in job.tables else optax.apply_updates(p, x)
                 for k, (p, x) in enumerate(zip(given, found, strict=True))
             ]
-        inner_state = job.layout.treedef.unflatten(leaves)
+        inner_state = job.layout.treedef.unflatten(flat.new_state(leaves))
+        found = flat.updates(found)
         return jax.tree.unflatten(job.treedef, found), LazyState(inner_state, row_counts)
 
     def update_fn(

@@ -7,11 +7,11 @@ Never: optax. It knows equations, whoever wrote them.
 
 from sparse_embed._on_rows.engine import OnRows as OnRows
 from sparse_embed._on_rows.reductions import Reduction as Reduction
+from sparse_embed._on_rows.staged import Flow as Flow
 from sparse_embed._on_rows.staged import Listing as Listing
 from sparse_embed._on_rows.staged import Path as Path
 from sparse_embed._on_rows.staged import Reached as Reached
 from sparse_embed._on_rows.staged import Stopping as Stopping
-from sparse_embed._on_rows.staged import needed as needed
 from sparse_embed._on_rows.values import PerRow as PerRow
 from sparse_embed._on_rows.values import Refused as Refused
 from sparse_embed._on_rows.values import Rows as Rows

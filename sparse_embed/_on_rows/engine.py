@@ -71,13 +71,13 @@ class OnRows:
         self,
         program: tuple[Any, Sequence[Any]],
         args: Sequence[Any],
-        only: Sequence[bool] | None = None,
+        only: Sequence[int] | None = None,
         made: dict[Any, Any] | None = None,
     ) -> list[Any]:
         """Runs `(jaxpr, consts)`; each value is an array, `Rows`, `PerRow` or `Refused`.
 
-        With `only`, the equations for which it is true, and outputs of the others are `None`, but
-        for variables whose values are `made` already.
+        With `only`, the equations of these numbers, and outputs of the others are `None`, but for
+        variables whose values are `made` already.
         """
         jaxpr, consts = program
         inputs = zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
@@ -86,10 +86,9 @@ class OnRows:
         def read(v: Any) -> Any:
             return v.val if isinstance(v, Literal) else env.get(v)
 
-        for number, eqn in enumerate(jaxpr.eqns):
-            if only is None or only[number]:
-                outs = self._eqn(eqn, [read(v) for v in eqn.invars])
-                env.update(zip(eqn.outvars, outs, strict=True))
+        for eqn in jaxpr.eqns if only is None else [jaxpr.eqns[number] for number in only]:
+            outs = self._eqn(eqn, [read(v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
     def block(self, value: Any, table: int, n: int) -> Any:

@@ -4,7 +4,8 @@ A reduction is known only after a pass over all rows. So the reductions of a pro
 first; then each has a pass of its own, which stops there; and then nothing has to stop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from jax import Array
@@ -55,13 +56,28 @@ class Listing(OnRows):
         return outs
 
 
-def needed(jaxpr: Any, wanted: Sequence[Any], stop: Sequence[Any] = ()) -> list[bool]:
-    """The equations of an open jaxpr on which the wanted values depend, those at `stop` given."""
-    found, only = {v for v in wanted if not isinstance(v, Literal)}, [False] * len(jaxpr.eqns)
-    given = set(stop)
-    for number in reversed(range(len(jaxpr.eqns))):
-        eqn = jaxpr.eqns[number]
-        if any(v in found and v not in given for v in eqn.outvars):
-            only[number] = True
-            found.update(v for v in eqn.invars if not isinstance(v, Literal))
-    return only
+class Flow:
+    """Which equations of an open jaxpr make which of its values."""
+
+    def __init__(self, jaxpr: Any):
+        self._eqns = jaxpr.eqns
+        self._maker = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
+
+    def needed(self, wanted: Iterable[Any], given: Container[Any] = ()) -> list[int]:
+        """The equations on which the wanted values depend, in order, those `given` being known."""
+        found: set[int] = set()
+        left = list(wanted)
+        while left:
+            v = left.pop()
+            if isinstance(v, Literal) or v in given or v not in self._maker:
+                continue
+            number = self._maker[v]
+            if number not in found:
+                found.add(number)
+                left += self._eqns[number].invars
+        return sorted(found)
+
+    def used(self, wanted: Sequence[Any], given: Container[Any] = ()) -> set[Any]:
+        """The wanted values, and all that the equations they need are made of."""
+        operands = (self._eqns[number].invars for number in self.needed(wanted, given))
+        return {v for v in chain(wanted, *operands) if not isinstance(v, Literal)}

@@ -13,6 +13,7 @@ from sparse_embed._update.at_once import run_update as run_update
 from sparse_embed._update.at_once import struct as struct
 from sparse_embed._update.at_once import traced as traced
 from sparse_embed._update.block_program import BlockProgram as BlockProgram
+from sparse_embed._update.flat import Flat as Flat
 from sparse_embed._update.in_blocks import APPLY as APPLY
 from sparse_embed._update.in_blocks import DEFER as DEFER
 from sparse_embed._update.in_blocks import LIST as LIST

@@ -42,14 +42,18 @@ class Update:
 
 
 def run_update(
-    job: Update, state: list[Any], params: Any, row_counts: dict[str, list[Array]], extra: dict
+    job: Update,
+    state: list[Any],
+    params: list[Any] | None,
+    row_counts: dict[str, list[Array]],
+    extra: dict,
 ) -> tuple[list[Any], list[Any], dict[str, list[Array]]]:
     """Traces `inner.update` at the tables' true shapes and runs it on the touched rows.
 
     Args:
       job: the gradients and the layout of the state.
       state: leaves of the inner state.
-      params: the parameters, or None.
+      params: leaves of the parameters, or None.
       row_counts: per-row counts of `clock="row"`.
       extra: extra arguments of `inner.update`.
 
@@ -59,10 +63,9 @@ def run_update(
     Raises:
       ValueError: `inner` needs what the touched rows do not determine.
     """
-    param_leaves = None if params is None else jax.tree.leaves(params)
-    program, trees = traced(job, state, param_leaves, extra)
-    engine = engine_of(job, program, trees, state, param_leaves)
-    args = arguments(job, engine, state, param_leaves)
+    program, trees = traced(job, state, params, extra)
+    engine = engine_of(job, program, trees, state, params)
+    args = arguments(job, engine, state, params)
     outs = engine.run(program, args)
     updates, new_state = outs[: len(job.grads)], outs[len(job.grads) :]
     held = args[len(job.grads) :][: len(state)]

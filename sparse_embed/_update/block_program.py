@@ -4,7 +4,7 @@ It is the program of `_update`, and what runs it is the same. But rows of the ta
 optimizer's state are read a few at a time.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._container import Block, gather_rows
-from sparse_embed._on_rows import Listing, Path, PerRow, Reduction, Refused, Rows, Stopping
+from sparse_embed._on_rows import (
+    Flow,
+    Listing,
+    Path,
+    PerRow,
+    Reached,
+    Reduction,
+    Refused,
+    Rows,
+    Stopping,
+)
 from sparse_embed._update.at_once import Update, own_counts, same_trees, struct, traced
 from sparse_embed._update.layout import ELSEWHERE
 from sparse_embed._update.sweep import Sweep
@@ -51,6 +61,8 @@ class BlockProgram:
       jaxpr: inputs are the gradients, the state, the parameters; outputs the updates, the state.
       first: number of its first input, and output, that belongs to the state.
       counts: for each table, the state leaves that count its rows' steps, with their names.
+      tables: the gradients of the tables, by number.
+      flow: which equations make which values.
       known: results of reductions over rows, as far as they have been found.
     """
 
@@ -65,12 +77,18 @@ class BlockProgram:
         self.program, trees = traced(self.job, self.state, self.params, self.extra)
         same_trees(self.job, trees)
         self.jaxpr, self.first = self.program[0], len(self.job.grads)
+        self.tables, self.flow = self.job.tables, Flow(self.jaxpr)
+        self._before: set[Any] | None = None
+        self._by_id = {id(eqn): eqn for eqn in self.jaxpr.eqns}
+        self._inputs = [*self.job.grads, *self.state, *(self.params or [])]
         self.counts = own_counts(self.job, self.row_counts) if self.row_counts else {}
 
     def reductions(self) -> dict[Path, Reduction] | None:
         """The reductions over rows, in order; `None` if one of them may not happen."""
-        engine = Listing(*self._engine(None))
-        jax.eval_shape(lambda: engine.run(self.program, self._args(None)) and None)
+        engine = Listing(*self._engine(None, self.tables))
+        inputs = range(len(self._inputs))
+        run = lambda: engine.run(self.program, [self._input(n, None) for n in inputs]) and None  # noqa: E731
+        jax.eval_shape(run)
         return None if engine.maybe else engine.found
 
     def sweep(self, k: int, ascending: bool = False) -> Sweep:
@@ -98,30 +116,63 @@ class BlockProgram:
         return HeldBlock(k, here.indices, here.rows, rows)
 
     def run(
-        self, block: HeldBlock | None, only: Sequence[bool], made: Collection[int] = ()
-    ) -> tuple[Stopping, list[Any]]:
-        """Runs the program on a block, or on what is no table's rows.
+        self, block: HeldBlock | None, wanted: Sequence[int], made: Collection[int] = ()
+    ) -> tuple[Stopping, dict[int, Any]]:
+        """Runs on a block, or on what is no table's rows, as much as is needed of the program.
 
         Args:
           block: the rows of one table; of other tables there is one row, which is padding.
-          only: the equations to run.
+          wanted: numbers of the outputs that are needed.
           made: state leaves whose new values the block holds; they are not to be computed.
 
         Returns:
-          What ran it, and the program's outputs, as far as `only` leads to them.
+          What ran it, and the wanted outputs.
         """
-        engine = Stopping(*self._engine(block), known=self.known)
-        args, own = self._args(block), {}
-        for i in made:
-            own[self.jaxpr.outvars[self.first + i]] = args[self.first + i]
-        return engine, engine.run(self.program, args, only, own)
+        outvars = self.jaxpr.outvars
+        new = {outvars[self.first + i]: self._input(self.first + i, block) for i in made}
+        engine, outs = self._run(block, [outvars[j] for j in wanted], new)
+        return engine, {j: outs[j] for j in wanted}
 
-    def _engine(self, block: HeldBlock | None) -> tuple[Any, ...]:
+    def reach(self, block: HeldBlock, path: Path) -> Array:
+        """Runs on a block up to a reduction: what is reduced there."""
+        try:
+            self._run(block, self._at(path).outvars, {})
+        except Reached as met:
+            return met.block
+        raise AssertionError("the reduction was not met again")
+
+    def _run(
+        self, block: HeldBlock | None, wanted: Sequence[Any], given: dict[Any, Any]
+    ) -> tuple[Stopping, list[Any]]:
+        given = given | {v: x for path, x in self.known.items() for v in self.result(path)}
+        only, used = self.flow.needed(wanted, given), self.flow.used(wanted, given)
+        inputs = [n for n, v in enumerate(self.jaxpr.invars) if v in used]
+        args = dict.fromkeys(range(len(self.jaxpr.invars)))
+        args |= {n: self._input(n, block) for n in inputs}
+        met = self.tables.keys() & {self._owner(n) for n in inputs}
+        engine = Stopping(*self._engine(block, met), known=self.known)
+        return engine, engine.run(self.program, list(args.values()), only, given)
+
+    def result(self, path: Path) -> list[Any]:
+        """The value of the program that a reduction gives; none, if it is inside a call."""
+        return self._at(path).outvars if len(path) == 1 else []
+
+    def before_reductions(self, paths: Iterable[Path]) -> set[Any]:
+        """The values of the program that reductions depend on."""
+        if self._before is None:
+            operands = [v for path in paths for v in self._at(path).invars]
+            self._before = self.flow.used(operands)
+        return self._before
+
+    def _at(self, path: Path) -> Any:
+        """The equation of the program that a path to a reduction begins with."""
+        return self._by_id[path[0]]
+
+    def _engine(self, block: HeldBlock | None, tables: Iterable[int]) -> tuple[Any, ...]:
         """Arguments of an engine for a block."""
-        grads = self.job.tables
-        real = {j: jnp.zeros(1, bool) for j in grads}
+        real = {j: jnp.zeros(1, bool) for j in tables}
         if block is not None:
-            real[block.table] = block.indices < grads[block.table].num_rows
+            real[block.table] = block.indices < self.tables[block.table].num_rows
 
         def gather(j: int, x: Any) -> Array:
             if block is None or j != block.table:
@@ -129,33 +180,32 @@ class BlockProgram:
             return gather_rows(jnp.asarray(x), block.indices)
 
         given = [*self.program[1], *self.state, *(self.params or [])]
-        return {j: g.num_rows for j, g in grads.items()}, real, given, gather
+        return {j: g.num_rows for j, g in self.tables.items()}, real, given, gather
 
-    def _args(self, block: HeldBlock | None) -> list[Any]:
-        """The program's inputs, with a block of one table."""
-        job, tables = self.job, self.job.tables
+    def _owner(self, number: int) -> int | None:
+        """The leaf that an input of the program belongs to."""
+        state = number - self.first
+        if 0 <= state < len(self.state):
+            return self.job.layout.table[state]
+        return number if state < 0 else state - len(self.state)
 
-        def rows(x: Any, table: Any, own: Any, untouched: Any = None) -> Any:
-            if table == ELSEWHERE:
-                reason = "its state mixes the rows of a table with other numbers"
-                return Refused(reason, frozenset(tables))
-            if table not in tables:
-                return x
-            here = block is not None and table == block.table
-            return Rows(own(block) if here else _padding_row(x), table, untouched)
-
-        grads = [rows(g, k, lambda b: b.grad, 0) for k, g in enumerate(job.grads)]
-        state = [
-            rows(x, job.layout.table[i], lambda b, i=i: b.held.state[i])
-            for i, x in enumerate(self.state)
-        ]
-        if block is not None:
-            for i, name in self.counts.get(block.table, {}).items():
-                state[i] = PerRow(block.held.counts[name], block.table)
-        params = [
-            rows(x, k, lambda b, k=k: b.held.params[k]) for k, x in enumerate(self.params or [])
-        ]
-        return [*grads, *state, *params]
+    def _input(self, number: int, block: HeldBlock | None) -> Any:
+        """An input of the program: rows of the block's table, one padding row of any other."""
+        state, table, whole = number - self.first, self._owner(number), self._inputs[number]
+        if block is not None and state in self.counts.get(block.table, {}):
+            return PerRow(block.held.counts[self.counts[block.table][state]], block.table)
+        if table == ELSEWHERE:
+            reason = "its state mixes the rows of a table with other numbers"
+            return Refused(reason, frozenset(self.tables))
+        if table not in self.tables:
+            return whole
+        if block is None or block.table != table:
+            own = _padding_row(whole)
+        elif state < 0:
+            own = block.grad
+        else:
+            own = block.held.state[state] if state < len(self.state) else block.held.params[table]
+        return Rows(own, table, 0 if state < 0 else None)
 
 
 def _padding_row(x: Any) -> Array:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container import RowSparse, add_rows
+from sparse_embed._container import Form, RowSparse, add_rows
 from sparse_embed._core import Literal, in_blocks, trace_state
-from sparse_embed._on_rows import Path, needed
+from sparse_embed._on_rows import Path
 from sparse_embed._update.block_program import BlockProgram, Held
 from sparse_embed._update.row_pass import Written, row_pass
 from sparse_embed._update.sweep import Sweep
@@ -23,36 +23,26 @@ from sparse_embed._update.sweep import Sweep
 def can_wait(work: BlockProgram, k: int, reductions: Iterable[Path]) -> bool:
     """Whether the updates of table `k` follow from its gradient and the new state of its rows."""
     jaxpr, first = work.jaxpr, work.first
-    new = [jaxpr.outvars[first + i] for i in _new(work, k)]
-    old = [jaxpr.invars[first + i] for i in (*work.changed(k), *work.counts.get(k, {}))]
+    new = {jaxpr.outvars[first + i] for i in _new(work, k)}
+    old = {jaxpr.invars[first + i] for i in (*work.changed(k), *work.counts.get(k, {}))}
+    known = {v for path in reductions for v in work.result(path)}  # before the rows are updated
     update = [jaxpr.outvars[k]]
-    if _meets(jaxpr, update, new, old):
+    if work.flow.used(update, new | known) & old:
         return False
-    if work.params is not None and not _meets(jaxpr, update, new, new):
+    if work.params is not None and not work.flow.used(update, new | known) & new:
         # Nothing would make the state's pass, if it reads the table, come before the table's own.
-        if _meets(jaxpr, new, [], [jaxpr.invars[first + len(work.state) + k]]):
+        table = jaxpr.invars[first + len(work.state) + k]
+        if table in work.flow.used(list(new), known):
             return False
     # What is known of untouched rows, which reductions ask for, is not known of the new state.
-    reducing = {path[0] for path in reductions}
-    return not any(_meets(jaxpr, e.invars, new, new) for e in jaxpr.eqns if id(e) in reducing)
+    return not work.before_reductions(reductions) & new
 
 
 def _new(work: BlockProgram, k: int) -> list[int]:
     """The state leaves from which the updates are computed, as their new values are kept."""
     outs = work.jaxpr.outvars[work.first :]
-    dtypes = [jnp.result_type(x) for x in work.state]
-    changed = [*work.changed(k), *work.counts.get(k, {})]
-    return [i for i in changed if not _literal(outs[i]) and outs[i].aval.dtype == dtypes[i]]
-
-
-def _meets(jaxpr: Any, wanted: Sequence[Any], stop: Sequence[Any], met: Sequence[Any]) -> bool:
-    """Whether what is wanted depends on variables in `met`, by ways that end at `stop`.
-
-    A variable may be in both: then the question is whether a way ends at it.
-    """
-    only = needed(jaxpr, wanted, stop)
-    used = [v for eqn, runs in zip(jaxpr.eqns, only, strict=True) if runs for v in eqn.invars]
-    return any(v in met for v in (*wanted, *used) if not _literal(v))
+    changed = [i for i in (*work.changed(k), *work.counts.get(k, {})) if not _literal(outs[i])]
+    return [i for i in changed if outs[i].aval.dtype == jnp.result_type(work.state[i])]
 
 
 def _literal(v: Any) -> bool:
@@ -73,7 +63,7 @@ class DeferredUpdate:
       counts: the new per-row counts.
 
     Attributes:
-      shape: of the table.
+      form: shape of the table.
       dtype: of the updates.
     """
 
@@ -94,7 +84,7 @@ class DeferredUpdate:
         )
         self._home = trace_state()
         self._list: tuple[Sweep, Array] | None = None  # of which rows, and the updates
-        self.shape, self.dtype = sweep.shape, work.jaxpr.outvars[k].aval.dtype
+        self.form, self.dtype = Form(sweep.shape), work.jaxpr.outvars[k].aval.dtype
 
     def coalesced(self) -> RowSparse:
         """The updates, listed."""
@@ -107,7 +97,7 @@ class DeferredUpdate:
         if not sweep.ascending:
             order = jnp.argsort(indices)
             indices, rows = indices[order], rows[order]
-        return RowSparse._make(indices, rows, self.shape, True)
+        return RowSparse._make(indices, rows, self.form, True)
 
     def unsummed(self) -> RowSparse:
         """As `Listed.unsummed`: the updates of a row are one to begin with."""

@@ -12,12 +12,12 @@ from jax import Array
 
 from sparse_embed._container import Block, RowSparse
 from sparse_embed._core import in_blocks
-from sparse_embed._on_rows import Path, Reached, Reduction, needed
+from sparse_embed._on_rows import Path, Reduction
 from sparse_embed._update.at_once import as_array
 from sparse_embed._update.block_program import BlockProgram
 from sparse_embed._update.deferred import DeferredUpdate, can_wait
 from sparse_embed._update.row_pass import Written, row_pass
-from sparse_embed._update.sweep import Sweep
+from sparse_embed._update.sweep import Sweep, sweeps
 
 APPLY, LIST, DEFER = "apply", "list", "defer"  # what is made of updates
 
@@ -38,19 +38,19 @@ def run_in_blocks(
       For tables the new leaves of the parameters, or updates as `RowSparse`, and for other leaves
       updates; the new leaves of the state; the new row counts.
     """
-    tables = work.job.tables
+    tables = work.tables
     long = (k for k, g in tables.items() if how == DEFER and in_blocks(g.indices))
     waiting = {k for k in long if can_wait(work, k, reductions)}
     listed = {k for k in tables if how != APPLY} - waiting
-    sweeps = {k: work.sweep(k, ascending=k in listed) for k in tables}
+    found = sweeps(tables, listed)
     for path, reduction in reductions.items():
-        work.known[path] = _reduced(work, sweeps[reduction.table], path, reduction)
+        work.known[path] = _reduced(work, found[reduction.table], path, reduction)
     updates, new_state = _shared(work)
     # Rows of a table are as they were, unless the table's own pass says otherwise.
     for i, old in enumerate(work.state):
-        new_state[i] = old if work.job.layout.table[i] in sweeps else new_state[i]
+        new_state[i] = old if work.job.layout.table[i] in found else new_state[i]
     new_counts = {name: list(rows) for name, rows in work.row_counts.items()}
-    for k, sweep in sweeps.items():
+    for k, sweep in found.items():
         held = work.held(k)
         to_write = Written(
             state={i: held.state[i] for i in work.changed(k)},
@@ -74,32 +74,23 @@ def run_in_blocks(
 
 def _reduced(work: BlockProgram, sweep: Sweep, path: Path, reduction: Reduction) -> Array:
     """One pass over the rows of a table."""
-    k, jaxpr = reduction.table, work.jaxpr
-    number = next(i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) == path[0])
-    only = needed(jaxpr, jaxpr.eqns[number].invars)
-    only[number] = True
-    held = work.held(k)
+    held = work.held(reduction.table)
 
     def body(here: Block, total: Array) -> Array:
-        try:
-            work.run(work.read(k, here, held), only)
-        except Reached as met:
-            return reduction.join(total, reduction.of(met.block, here.indices < sweep.num_rows))
-        raise AssertionError("the reduction was not met again")
+        block = work.reach(work.read(reduction.table, here, held), path)
+        return reduction.join(total, reduction.of(block, here.indices < sweep.num_rows))
 
     return reduction.end(sweep.each(body, reduction.start()), sweep.count < sweep.num_rows)
 
 
 def _shared(work: BlockProgram) -> tuple[list[Any], list[Any]]:
     """What is not the rows of a table: dense updates, counts, other state."""
-    jaxpr, job = work.jaxpr, work.job
-    tables = [k in job.tables for k in range(len(job.grads))]
-    tables += [k in job.tables for k in job.layout.table]
-    wanted = [v for v, is_table in zip(jaxpr.outvars, tables, strict=True) if not is_table]
-    _, outs = work.run(None, needed(jaxpr, wanted))
+    job = work.job
+    owners = [*range(len(job.grads)), *job.layout.table]
+    wanted = [j for j, k in enumerate(owners) if k not in work.tables]
+    _, outs = work.run(None, wanted)
     shapes = [jnp.shape(x) for x in (*job.grads, *work.state)]
-    made = [
-        None if is_table else as_array(x, shape)
-        for x, is_table, shape in zip(outs, tables, shapes, strict=True)
-    ]
+    made: list[Any] = [None] * len(owners)
+    for j, x in outs.items():
+        made[j] = as_array(x, shapes[j])
     return made[: work.first], made[work.first :]

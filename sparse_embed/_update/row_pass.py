@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._container import Block, gather_rows, put
-from sparse_embed._on_rows import OnRows, PerRow, Refused, needed
+from sparse_embed._on_rows import OnRows, PerRow, Refused
 from sparse_embed._update.at_once import refusal
 from sparse_embed._update.block_program import BlockProgram, Held, HeldBlock
 from sparse_embed._update.sweep import Sweep
@@ -44,14 +44,12 @@ def row_pass(
     Returns:
       `written`, with the touched rows written.
     """
-    jaxpr, first, counts = work.jaxpr, work.first, work.counts.get(k, {})
+    first, counts = work.first, work.counts.get(k, {})
     wanted = [first + i for i in written.state]
     wanted += [first + i for i, name in counts.items() if name in written.counts]
     wanted += [k] if written.added or written.updates else []
     if not wanted:
         return written
-    stop = [jaxpr.outvars[first + i] for i in made]
-    only = needed(jaxpr, [jaxpr.outvars[j] for j in wanted], stop)
     added_in_place = k in written.added and written.added[k] is held.params.get(k)
 
     def body(here: Block, written: Written) -> Written:
@@ -60,7 +58,7 @@ def row_pass(
         params = written.added if added_in_place else held.params
         now = Held(held.counts | written.counts, params, held.state | written.state)
         block = work.read(k, here, now)
-        engine, outs = work.run(block, only, made)
+        engine, outs = work.run(block, wanted, made)
         added, updates = {}, {}
         if k in wanted:
             update = _rows_of(engine, outs[k], block)

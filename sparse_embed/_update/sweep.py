@@ -3,7 +3,7 @@
 Letters: n listed rows, b rows of a block, V the rows of the table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import prod
 from typing import Any
 
@@ -16,12 +16,38 @@ from sparse_embed._container import (
     Block,
     Listed,
     RowSparse,
+    Slots,
     blocks,
     distinct,
     each_block,
     first_seen,
+    first_seen_of_each,
 )
 from sparse_embed._core import tuning
+
+TOGETHER = 1 << 17  # ids of several tables told apart at once: their scratch stays in the caches
+
+
+def sweeps(grads: dict[int, Listed | RowSparse], ascending: Collection[int]) -> dict[int, "Sweep"]:
+    """A sweep for each table. Tables of which as many rows are listed are prepared together."""
+    alike: dict[int, list[int]] = {}
+    for k, grad in grads.items():
+        if isinstance(grad, Listed) and k not in ascending and _hashable(grad):
+            alike.setdefault(grad.indices.size, []).append(k)
+    found: dict[int, Slots] = {}
+    for n, own in alike.items():
+        size = max(TOGETHER // n, 1)
+        for tables in (own[i : i + size] for i in range(0, len(own), size)):
+            heights = [grads[k].num_rows for k in tables]
+            if len(tables) > 1 and sum(heights) + len(tables) < 2**31:
+                indices = jnp.stack([grads[k].indices for k in tables])
+                each = first_seen_of_each(indices, heights)
+                found |= dict(zip(tables, each, strict=True))
+    return {k: Sweep(g, k in ascending, found.get(k)) for k, g in grads.items()}
+
+
+def _hashable(grad: Listed | RowSparse) -> bool:
+    return grad.indices.size > 0 and grad.indices.dtype == jnp.int32
 
 
 class Sweep:
@@ -34,6 +60,7 @@ class Sweep:
       grad: what the step lists of a table, or a coalesced `RowSparse`.
       ascending: whether rows are gone through in ascending order, as `coalesce` lists them. Any
         order is cheaper to find.
+      slots: the distinct rows, where they were found before.
 
     Attributes:
       count: `[]` int32, how many distinct rows there are.
@@ -44,7 +71,9 @@ class Sweep:
       indices: the distinct rows in the order of the sweep, then padding.
     """
 
-    def __init__(self, grad: Listed | RowSparse, ascending: bool = False):
+    def __init__(
+        self, grad: Listed | RowSparse, ascending: bool = False, slots: Slots | None = None
+    ):
         self.grad, self.num_rows, self.shape = grad, grad.num_rows, grad.shape
         self.ascending = True
         self.length = min(grad.indices.size, grad.num_rows)
@@ -53,9 +82,11 @@ class Sweep:
             self.count = jnp.sum(grad.indices < self.num_rows, dtype=jnp.int32)
             return
         n = grad.indices.size
-        self.ascending = ascending or not n or grad.indices.dtype != jnp.int32
-        slots = distinct if self.ascending else first_seen
-        self.slot, indices, self.count = slots(grad.indices, self.num_rows, n)
+        self.ascending = ascending or not _hashable(grad)
+        if slots is None:
+            found = distinct if self.ascending else first_seen
+            slots = found(grad.indices, self.num_rows, n)
+        self.slot, indices, self.count = slots
         row_bytes = grad.dtype.itemsize * prod(grad.shape[1:])
         self.window = tuning.window_rows(n, row_bytes)
         beyond = self.num_rows + n + jnp.arange(self.window, dtype=indices.dtype)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_embed._container import is_row_sparse
 from sparse_embed._core import describe, is_concrete, message
 from sparse_embed.exact._state import ExactState
 
@@ -86,6 +87,21 @@ def check_state(call: str, state: Any) -> None:
                 "opt_state = tx.init(params), or tx.from_dense(params, dense_state)",
             )
         )
+
+
+def check_forms(grads: Any) -> None:
+    """Rows have clocks, which `init` lays out along the first axis: nothing else is known then."""
+    for path, g in jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_row_sparse):
+        if is_row_sparse(g) and not g.form.plain:
+            raise ValueError(
+                message(
+                    "tx.update(grads, opt_state, params): an optimizer of se.exact needs tables "
+                    "whose rows are their first axis.",
+                    f"a gradient of grads{jax.tree_util.keystr(path)} {g}",
+                    "params with its rows first, [F * V, D] for a stack [F, V, D], and in the "
+                    "model table.reshape(F, V, D); or se.lazy",
+                )
+            )
 
 
 def check_settled(state: ExactState) -> None:

@@ -17,6 +17,7 @@ from sparse_embed._lazy import LazyState, LazyTransformation, lazy
 from sparse_embed.exact._checks import (
     check_dense_state,
     check_finite,
+    check_forms,
     check_rows,
     check_settled,
     check_state,
@@ -205,6 +206,7 @@ class Exact(abc.ABC):
     def update(self, grads: Any, state: ExactState, params: Any = None, **extra: Any) -> Any:
         check_state("tx.update(grads, opt_state, params)", state)
         if any(map(is_row_sparse, _flat(grads)[0])):
+            check_forms(grads)
             check_settled(state)
         old = LazyState(state.inner_state, {})
         updates, new = self.on_touched.listed_update(grads, old, params, **extra)

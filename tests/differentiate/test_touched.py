@@ -1,11 +1,13 @@
 """`touched` and `check_ids`: which rows a function reads, and whether they exist."""
 
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import view_programs  # noqa: F401, adds to PROGRAMS
 from jax.experimental import checkify
 from programs import GRID, IDS, OTHER, PROGRAMS, D, V, head
 
@@ -41,13 +43,14 @@ def test_touched_lists_the_rows_that_are_read(case):
         if program.is_named(path, program.warns):
             assert indices is None
         elif program.is_named(path, program.sparse):
-            expected = program.rows(batch, path, of)
+            num_rows = math.prod(leaf.shape[a] for a in program.axes(path))
+            expected = program.rows(batch, path, of, num_rows)
             if expected is None:
                 continue
             indices = np.asarray(indices)
             assert indices.dtype == np.int32 and indices.ndim == 1
             assert np.all(np.diff(indices) > 0) and np.all(indices >= 0)
-            np.testing.assert_array_equal(indices[indices < len(leaf)], expected)
+            np.testing.assert_array_equal(indices[indices < num_rows], expected)
 
 
 def test_no_other_row_makes_a_difference(case):
@@ -57,7 +60,13 @@ def test_no_other_row_makes_a_difference(case):
     def poisoned(path, leaf, indices):
         if indices is None:
             return leaf
-        return jnp.full_like(leaf, jnp.nan).at[indices].set(leaf.at[indices].get(mode="clip"))
+        axes = program.axes(path)
+        sizes = [leaf.shape[a] for a in axes]
+        listed = np.asarray(indices)[np.asarray(indices) < math.prod(sizes)]
+        where = [slice(None)] * leaf.ndim
+        for a, ids in zip(axes, np.unravel_index(listed, sizes), strict=True):
+            where[a] = ids
+        return jnp.full_like(leaf, jnp.nan).at[*where].set(leaf[*where])
 
     leaves = [poisoned(*x) for x in leaves_with_rows(params, rows)]
     other = jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -15,7 +15,7 @@ from helpers import count_compilations, small_blocks, temp_bytes
 
 import sparse_embed as se
 from sparse_embed._container import indices as row_numbers
-from sparse_embed._container.indices import first_seen
+from sparse_embed._container.indices import first_seen, first_seen_of_each
 from sparse_embed._container.listed import Listed, Part
 from sparse_embed._lazy import lift
 from sparse_embed._update.sweep import Sweep
@@ -42,6 +42,11 @@ def test_first_seen(name, room, monkeypatch):
     make, height = LISTS[name]
     ids = np.minimum(make(np.random.default_rng(0)), height).astype(np.int32)
     slots = jax.jit(first_seen, static_argnums=(1, 2))(jnp.asarray(ids), height, ids.size)
+    assert_told_apart(slots, ids, height)
+
+
+def assert_told_apart(slots, ids, height):
+    """Each distinct id inside the table has a slot; padding is distinct and outside."""
     slot, indices, inside = np.asarray(slots.slot), np.asarray(slots.indices), ids < height
     count = len(np.unique(ids[inside]))
     assert int(slots.number) == count and slot.shape == indices.shape == ids.shape
@@ -50,6 +55,17 @@ def test_first_seen(name, room, monkeypatch):
     assert (slot[~inside] == ids.size).all()
     padding = indices[count:].astype(np.int64) % 2**32  # beyond 2**31 it wraps to negative ids
     assert (padding >= height).all() and len(np.unique(padding)) == len(padding)
+
+
+@pytest.mark.parametrize("room", [8, 1], ids=["roomy", "crowded"])
+@pytest.mark.parametrize("heights", [(40, 40, 40), (7, 10**6, 50), (10**9, 1, 10**9)], ids=str)
+def test_ids_of_several_tables_are_told_apart_together(heights, room, monkeypatch):
+    monkeypatch.setattr(row_numbers, "_ROOM", room)
+    draw = np.random.default_rng(2)
+    ids = np.stack([np.minimum(draw.integers(0, 60, 50), h) for h in heights]).astype(np.int32)
+    each = jax.jit(first_seen_of_each, static_argnums=1)(jnp.asarray(ids), heights)
+    for slots, own, height in zip(each, ids, heights, strict=True):
+        assert_told_apart(slots, own, height)
 
 
 # --- blocks of rows -------------------------------------------------------------------------------

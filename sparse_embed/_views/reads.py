@@ -1,13 +1,15 @@
-"""Row reads: the equations that look whole rows of a table up."""
+"""Row reads: the equations that look rows of a table up."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import GatherScatterMode
 
-from sparse_embed._core import JaxprEqn
+from sparse_embed._core import Axes, JaxprEqn
 
 # What happens at an id outside the table, (value, gradient):
 FILL = "fill"  # (fill value, dropped): `jnp.take`
@@ -24,38 +26,56 @@ _MODES = {
 LONGEST_BAG = 64  # beyond that many gathers in one loop, compiling takes longer than it saves
 
 
-class Ids(NamedTuple):
+class ReadIds(NamedTuple):
     """The ids of one read, all of shape `[*lead]`."""
 
     asked: Array  # as the program computed them
-    safe: Array  # inside [0, V): where a gather may look
-    listed: Array  # where the gradient goes; V: nowhere
+    safe: tuple[Array, ...]  # for each axis, inside it: where a gather may look
+    listed: Array  # row numbers where the gradient goes; V: nowhere
     read: Array  # the row that gives the value; V: none, it is the fill value
 
 
 class RowRead(NamedTuple):
-    """One read of whole rows, `x[ids]` with `x` `[V, *features]`."""
+    """One read of whole rows, `x[ids]` with `x` `[V, *features]`.
+
+    Rows may run along several axes, as those of a stack of tables `x[f, ids]` do, or along another
+    one than the first. They are numbered in the order of `axes`, V in all.
+    """
 
     eqn: JaxprEqn
     mode: str  # FILL, DROP or CLIP
     lead: tuple[int, ...]  # shape of the ids; its last axis is a run of consecutive rows if run
     run: int | None  # number of consecutive rows read from each start, where axis 0 is kept
-    column: int  # which component of a start index is the row number
+    axes: Axes  # of x, along which rows are numbered
+    columns: tuple[int, ...]  # for each axis, which component of a start index is the row number
+    batched: dict[int, int]  # axes that `vmap` goes along, with that of the ids
     static: bool  # a constant slice, `x[3]` or `x[2:10]`
 
     @property
-    def num_rows(self) -> int:
-        return self.eqn.invars[0].aval.shape[0]
+    def sizes(self) -> tuple[int, ...]:
+        shape = self.eqn.invars[0].aval.shape
+        return tuple(shape[a] for a in self.axes)
 
-    def ids(self, starts: Sequence[Array]) -> Ids:
-        """Computes the ids from the equation's operands behind the table."""
+    @property
+    def num_rows(self) -> int:
+        return prod(self.sizes)
+
+    def ids(self, starts: Sequence[Array], places: Sequence[Array] | None = None) -> ReadIds:
+        """Computes the ids from the equation's operands behind the table.
+
+        Args:
+          starts: those operands, or a part of them.
+          places: for a part, where it stands along each axis of the ids.
+        """
         num_rows, params = self.num_rows, self.eqn.params
         if self.static:
             stride = 1 if params["strides"] is None else params["strides"][0]
             ids = params["start_indices"][0] + stride * jnp.arange(self.run, dtype=jnp.int32)
-            return Ids(ids, ids, ids, ids)
+            return ReadIds(ids, (ids,), ids, ids)
         gather = self.eqn.primitive.name == "gather"
-        start = starts[0][..., self.column] if gather else jnp.asarray(starts[0])
+        if len(self.axes) > 1:
+            return self._several(starts[0] if gather else jnp.stack(starts, axis=-1), places)
+        start = starts[0][..., self.columns[0]] if gather else jnp.asarray(starts[self.axes[0]])
         if jnp.iinfo(start.dtype).max < num_rows:
             start = start.astype(jnp.int32)
         last = num_rows - (self.run or 1)
@@ -63,11 +83,30 @@ class RowRead(NamedTuple):
         listed = safe if self.mode == CLIP else jnp.where(start == safe, safe, num_rows)
         read = listed if self.mode == FILL else safe
         if self.run is None:
-            return Ids(start, safe, listed, read)
+            return ReadIds(start, (safe,), listed, read)
         offset = jnp.arange(self.run, dtype=start.dtype)
         ids = (x[..., None] + offset for x in (start, safe, listed, read))
         asked, safe, listed, read = ids
-        return Ids(asked, safe, jnp.minimum(listed, num_rows), jnp.minimum(read, num_rows))
+        return ReadIds(asked, (safe,), jnp.minimum(listed, num_rows), jnp.minimum(read, num_rows))
+
+    def _several(self, starts: Array, places: Sequence[Array] | None) -> ReadIds:
+        """The ids of a read along several axes."""
+        lead = starts.shape[:-1]
+        if places is None:
+            places = [jax.lax.broadcasted_iota(jnp.int32, lead, d) for d in range(len(lead))]
+        safe, asked, inside = [], jnp.zeros(lead, jnp.int32), jnp.ones(lead, bool)
+        for axis, size, column in zip(self.axes, self.sizes, self.columns, strict=True):
+            own = places[self.batched[axis]] if axis in self.batched else starts[..., column]
+            if jnp.iinfo(own.dtype).max < size:
+                own = own.astype(jnp.int32)
+            near = jnp.clip(own, 0, size - 1)
+            inside &= own == near
+            safe.append(near.astype(jnp.int32))
+        for size, i in zip(self.sizes, safe, strict=True):
+            asked = asked * size + i
+        listed = asked if self.mode == CLIP else jnp.where(inside, asked, self.num_rows)
+        read = listed if self.mode == FILL else asked
+        return ReadIds(jnp.where(inside, asked, -1), tuple(safe), listed, read)
 
     def summed_axis(self, total: JaxprEqn) -> int | None:
         """The axis of the ids over which `total` adds the rows read up, counted from the last.
@@ -75,6 +114,8 @@ class RowRead(NamedTuple):
         `None` if it does something else, or the sum is better made of the rows laid out.
         """
         eqn, depth = self.eqn, len(self.lead)
+        if self.axes != (0,):
+            return None
         if total.primitive.name != "reduce_sum" or eqn.primitive.name != "gather" or self.run:
             return None
         axes, rows = total.params["axes"], eqn.outvars[0].aval
@@ -88,14 +129,14 @@ class RowRead(NamedTuple):
         short = 0 < self.lead[axes[0]] <= LONGEST_BAG
         return int(axes[0] - depth) if wide and simple and short else None
 
-    def sum(self, table: Array, ids: Ids, axis: int) -> Array:
+    def sum(self, table: Array, ids: ReadIds, axis: int) -> Array:
         """The rows read, added up over `axis` of the ids, in order.
 
         One gather for each place in the bag: XLA fuses these into one loop, where a gather of all
         rows would be laid out in memory first.
         """
         total = jnp.zeros((), table.dtype)
-        safe, listed = (jnp.moveaxis(x, axis, 0) for x in (ids.safe, ids.listed))
+        safe, listed = (jnp.moveaxis(x, axis, 0) for x in (ids.safe[0], ids.listed))
         fill = self.eqn.params.get("fill_value") if self.mode == FILL else None
         for column, inside in zip(safe, listed < self.num_rows, strict=True):
             rows = table.at[column].get(mode="promise_in_bounds")
@@ -107,28 +148,31 @@ class RowRead(NamedTuple):
             total = jnp.where(every, total, jnp.nan)
         return total
 
-    def place(self, rows: Array, ids: Ids) -> Array:
+    def place(self, rows: Array, ids: ReadIds) -> Array:
         """Lays `[*lead, *features]` rows out as the equation's output."""
         if self.mode == FILL:
             outside = self._over_features(ids.listed == self.num_rows)
-            rows = jnp.where(outside, self._fill_value(rows), rows)
+            rows = jnp.where(outside, self.fill_value, rows)
         if self.eqn.primitive.name != "gather":
-            return rows
+            return rows.reshape(self.eqn.outvars[0].aval.shape) if self.run is None else rows
         offset_dims = self.eqn.params["dimension_numbers"].offset_dims
         return jnp.moveaxis(rows, range(rows.ndim - len(offset_dims), rows.ndim), offset_dims)
 
     def _over_features(self, x: Array) -> Array:
         """`x`, of the shape of ids, lined up with rows."""
-        return x.reshape(*x.shape, *(1,) * (self.eqn.invars[0].aval.ndim - 1))
+        features = self.eqn.invars[0].aval.ndim - len(self.axes)
+        return x.reshape(*x.shape, *(1,) * features)
 
-    def _fill_value(self, rows: Array) -> Array:
-        fill = self.eqn.params["fill_value"]
-        if fill is None and jnp.issubdtype(rows.dtype, jnp.inexact):
+    @property
+    def fill_value(self) -> Array:
+        """What a read outside the table gives."""
+        fill, dtype = self.eqn.params["fill_value"], self.eqn.outvars[0].aval.dtype
+        if fill is None and jnp.issubdtype(dtype, jnp.inexact):
             fill = jnp.nan
         elif fill is None:
-            info = jnp.iinfo(rows.dtype) if rows.dtype != bool else None
+            info = jnp.iinfo(dtype) if not jnp.issubdtype(dtype, jnp.bool_) else None
             fill = True if info is None else info.min if info.min < 0 else info.max
-        return jnp.asarray(fill, rows.dtype)
+        return jnp.asarray(fill, dtype)
 
 
 def row_read(eqn: JaxprEqn) -> RowRead | None:
@@ -141,30 +185,43 @@ def row_read(eqn: JaxprEqn) -> RowRead | None:
 def _gather(eqn: JaxprEqn) -> RowRead | None:
     table, starts = (v.aval.shape for v in eqn.invars)
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    collapsed, mode = tuple(numbers.collapsed_slice_dims), eqn.params["mode"]
+    mode, order = eqn.params["mode"], tuple(numbers.start_index_map)
+    batching = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    batched = {int(a): int(d) for a, d in batching}
+    axes = tuple(sorted((*map(int, numbers.collapsed_slice_dims), *batched)))
+    run = sizes[0] if not axes else None
+    axes = axes or (0,)  # whole rows from a start on
     if (
-        sizes[1:] != table[1:]
-        or collapsed not in ((), (0,))
-        or numbers.operand_batching_dims
-        or 0 not in numbers.start_index_map
-        or mode not in _MODES
+        mode not in _MODES
+        or any(size != table[a] for a, size in enumerate(sizes) if a not in axes)
+        or any(a not in order for a in axes if a not in batched)
+        or (batched and len(axes) == 1)
     ):
         return None
-    run = None if collapsed else sizes[0]
     # Starts of full-size axes are clamped to 0 by CLIP and PROMISE, but not by FILL.
-    if _MODES[mode] == FILL and (len(numbers.start_index_map) > 1 or run not in (None, 1)):
+    others = len(order) + len(batched) > len(axes)
+    if _MODES[mode] == FILL and (others or run not in (None, 1)):
         return None
     if run == table[0] and run != 1:
         return None
     lead = starts[:-1] + (() if run is None else (run,))
-    return RowRead(eqn, _MODES[mode], lead, run, numbers.start_index_map.index(0), False)
+    columns = tuple(-1 if a in batched else order.index(a) for a in axes)
+    return RowRead(eqn, _MODES[mode], lead, run, axes, columns, batched, False)
 
 
 def _dynamic_slice(eqn: JaxprEqn) -> RowRead | None:
     table, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
-    if sizes[1:] != table[1:] or (sizes[0] == table[0] and table[0] != 1):
+    axes = tuple(a for a, size in enumerate(sizes) if size != table[a]) or (0,)
+    if axes == (0,):
+        run = sizes[0]
+        return (
+            RowRead(eqn, CLIP, (run,), run, axes, axes, {}, False)
+            if run < table[0] or run == 1
+            else None
+        )
+    if any(sizes[a] != 1 for a in axes):
         return None
-    return RowRead(eqn, CLIP, (sizes[0],), sizes[0], 0, False)
+    return RowRead(eqn, CLIP, (), None, axes, axes, {}, False)  # one row of a stack
 
 
 def _slice(eqn: JaxprEqn) -> RowRead | None:
@@ -174,4 +231,6 @@ def _slice(eqn: JaxprEqn) -> RowRead | None:
     if (p["start_indices"][1:], p["limit_indices"][1:], tuple(strides[1:])) != whole:
         return None
     rows = eqn.outvars[0].aval.shape[0]
-    return None if rows == table[0] else RowRead(eqn, CLIP, (rows,), rows, 0, True)
+    if rows == table[0]:
+        return None
+    return RowRead(eqn, CLIP, (rows,), rows, (0,), (0,), {}, True)

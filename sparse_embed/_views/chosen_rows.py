@@ -1,0 +1,79 @@
+"""Views of rows that other indices choose: rows that were read before, rows that were set."""
+
+from functools import reduce
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.lax import GatherScatterMode
+
+from sparse_embed._core import Axes, JaxprEqn
+from sparse_embed._views.reads import FILL, row_read
+from sparse_embed._views.view import Ids, Moved, Part, View, select
+
+LONGEST_SET = 64  # rows that `table.at[indices].set` may replace: each id is compared with all
+
+
+def gather_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+    """Rows that were read before, of which some are read: `table[order][ids]`."""
+    read = row_read(eqn)
+    if read is None or read.run is not None:
+        return None
+    offset = eqn.params["dimension_numbers"].offset_dims
+    lead = tuple(a for a in range(eqn.outvars[0].aval.ndim) if a not in offset)
+    if set(axes) != set(lead):
+        return None
+
+    def move(ids: Ids, starts: Array) -> Moved:
+        order = [ids[axes.index(a)] for a in lead]
+        own = read.ids([starts[tuple(order)]], tuple(order))
+        return own.safe, own.listed < read.num_rows if read.mode == FILL else None
+
+    def join(rows: list[Any], inside: list[Array | None], ids: Ids) -> Array:
+        if inside[0] is None:
+            return rows[0]
+        return select([rows[0], jnp.full_like(rows[0], read.fill_value)], [inside[0], None])
+
+    return View((Part(0, read.axes, move),), join, (1,))
+
+
+def scatter_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+    """`table.at[indices].set(rows)`, of a few rows."""
+    table, indices, new = (v.aval for v in eqn.invars)
+    numbers, features = eqn.params["dimension_numbers"], table.ndim - len(axes)
+    set_axes = tuple(numbers.scatter_dims_to_operand_dims)
+    lead = new.ndim - len(numbers.update_window_dims)
+    number = prod(indices.shape[:-1])
+    if (
+        set_axes != axes
+        or tuple(numbers.inserted_window_dims) != axes
+        or numbers.operand_batching_dims
+        or tuple(numbers.update_window_dims) != tuple(range(lead, lead + features))
+        or new.shape[lead:] != tuple(x for a, x in enumerate(table.shape) if a not in axes)
+        or number > LONGEST_SET
+    ):
+        return None
+    clips = eqn.params["mode"] == GatherScatterMode.CLIP
+    last = np.array([table.shape[a] - 1 for a in axes])
+
+    def found(ids: Ids, indices: Array) -> tuple[Array, Array]:
+        flat = indices.reshape(number, len(axes))
+        flat = jnp.clip(flat, 0, last.astype(flat.dtype)) if clips else flat
+        pairs = (i[:, None] == flat[:, j] for j, i in enumerate(ids))
+        same = reduce(jnp.logical_and, pairs)  # [n, number]
+        which = number - 1 - jnp.argmax(same[:, ::-1], axis=1)  # the last one stays
+        return which, jnp.any(same, axis=1)
+
+    def kept(ids: Ids, indices: Array) -> Moved:
+        return ids, ~found(ids, indices)[1]
+
+    def written(ids: Ids, indices: Array) -> Moved:
+        which, there = found(ids, indices)
+        return tuple(jnp.unravel_index(which, new.shape[:lead])) if lead else (), there
+
+    def join(rows: list[Any], inside: list[Array | None], ids: Ids) -> Array:
+        return select([rows[0], jnp.broadcast_to(rows[2], rows[0].shape)], [inside[0], None])
+
+    return View((Part(0, axes, kept), Part(2, tuple(range(lead)), written)), join, (1,))

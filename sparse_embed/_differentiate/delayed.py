@@ -75,7 +75,7 @@ class Delayed:
             ids, there = part.move(ids, *extra)
             path = (*path, (self.visit, part.operand))
         if not isinstance(x, Delayed) or not part.axes:
-            return taken(*whole([x]), part.axes, ids), there
+            return taken(whole([x])[0], part.axes, ids), there
         inside = there if place.inside is None else place.inside
         if there is not None and place.inside is not None:
             inside = place.inside & there

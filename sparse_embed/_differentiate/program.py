@@ -207,6 +207,8 @@ _ADVICE = {
     "custom_jvp_call": "apply it to the rows, after the lookup: f(table[ids])",
     "custom_vjp_call": "pass rows, not the table, to the custom rule: f(table[ids])",
     "dot_general": "a matrix product with all rows needs the dense gradient; sample rows instead",
+    "gather": "all reads of it along the same axes, of table.reshape(-1, num_features) say",
+    "scan": "the table as it is in the body, table[number, ids] with the number of the round",
     "while": "jax.lax.scan, or fori_loop with constant bounds, around the lookup",
 }
 

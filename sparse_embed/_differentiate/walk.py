@@ -145,17 +145,13 @@ class Walk:
         return self.whole(eqn, tags, live)
 
     def _spreads(self, eqn: JaxprEqn, tags: Sequence[Tag]) -> bool:
-        """Whether an array is repeated beyond the size of its table: a bias, say, for a batch."""
-        if eqn.primitive.name not in ELEMENTWISE | {"broadcast_in_dim"}:
+        """Whether a leaf meets an array larger than itself: a bias, say, that of a batch."""
+        out = eqn.outvars[0].aval
+        if eqn.primitive.name not in ELEMENTWISE:
             return False
         own = [v.aval for v, t in zip(eqn.invars, tags, strict=True) if t.read]
-        out = eqn.outvars[0].aval
-        if eqn.primitive.name == "broadcast_in_dim":  # its rows may get wider
-            in_front = eqn.params["broadcast_dimensions"][:1] == (0,)
-        else:
-            in_front = True
-        if in_front and any(x.shape[0] == out.shape[0] for x in own):
-            return False
+        if any(x.shape[0] == out.shape[0] for x in own if x.size < out.size):
+            return False  # its rows get wider
         return out.size > max(math.prod(self.shapes[k]) for t in tags for k in t.read)
 
     def _read(self, eqn: JaxprEqn, read: RowRead, tags: list[Tag], live: bool) -> Step:
@@ -235,7 +231,18 @@ def _is_read_again(
     eqn: JaxprEqn, read: RowRead, tags: Sequence[Tag], then: Sequence[JaxprEqn | None]
 ) -> bool:
     """Whether rows read are for a second read, of fewer: `table[order][ids]`. It is a view then."""
-    next_ = row_read(then[0]) if then[0] and then[0].primitive.name != "slice" else None
-    if next_ is None or read.run is not None or len(read.lead) != 1 or tags[0].node is None:
+    again = _next_read(eqn.outvars[0].aval, then[0])
+    if again is None or again.axes != (0,) or tags[0].node is None or len(read.lead) != 1:
         return False
-    return next_.axes == (0,) and math.prod(next_.lead) <= math.prod(read.lead)
+    alone = read.run is None or eqn.primitive.name == "dynamic_slice"
+    return alone and math.prod(again.lead) <= math.prod(read.lead)
+
+
+def _next_read(aval: Any, user: JaxprEqn | None) -> RowRead | None:
+    """What reads rows of a value of this type, where `user` alone uses it, inside a call or not."""
+    if user is None or user.primitive.name not in CALLS:
+        return row_read(user) if user is not None and user.primitive.name != "slice" else None
+    body = called_jaxpr(user)[0]
+    alike = [v for v in body.invars if (v.aval.shape, v.aval.dtype) == (aval.shape, aval.dtype)]
+    use = only_uses(body).get(alike[0], -1) if len(alike) == 1 else -1
+    return _next_read(aval, body.eqns[use]) if use >= 0 else None

@@ -1,5 +1,6 @@
 """Views of rows that other indices choose: rows that were read before, rows that were set."""
 
+from collections.abc import Sequence
 from functools import reduce
 from math import prod
 from typing import Any
@@ -16,7 +17,7 @@ from sparse_embed._views.view import Ids, Moved, Part, View, select
 LONGEST_SET = 64  # rows that `table.at[indices].set` may replace: each id is compared with all
 
 
-def gather_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def gather_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     """Rows that were read before, of which some are read: `table[order][ids]`."""
     read = row_read(eqn)
     if read is None or read.run is not None:
@@ -39,7 +40,7 @@ def gather_view(eqn: JaxprEqn, axes: Axes) -> View | None:
     return View((Part(0, read.axes, move),), join, (1,))
 
 
-def scatter_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def scatter_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     """`table.at[indices].set(rows)`, of a few rows."""
     table, indices, new = (v.aval for v in eqn.invars)
     numbers, features = eqn.params["dimension_numbers"], table.ndim - len(axes)
@@ -77,3 +78,44 @@ def scatter_view(eqn: JaxprEqn, axes: Axes) -> View | None:
         return select([rows[0], jnp.broadcast_to(rows[2], rows[0].shape)], [inside[0], None])
 
     return View((Part(0, axes, kept), Part(2, tuple(range(lead)), written)), join, (1,))
+
+
+def dynamic_slice_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
+    """Rows from some place on, that only the program knows, of which some are read."""
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    if any(size != shape[a] for a, size in enumerate(sizes) if a not in axes):
+        return None
+
+    def move(ids: Ids, *starts: Array) -> Moved:
+        firsts = (jnp.clip(starts[a], 0, shape[a] - sizes[a]) for a in axes)
+        return tuple(i + first for i, first in zip(ids, firsts, strict=True)), None
+
+    extra = tuple(range(1, 1 + len(shape)))
+    return View((Part(0, axes, move),), lambda rows, inside, ids: rows[0], extra)
+
+
+def dynamic_update_slice_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
+    """A table of which some rows that follow each other were replaced."""
+    shape, new = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    if any(size != shape[a] for a, size in enumerate(new) if a not in axes):
+        return None
+
+    def places(ids: Ids, starts: Sequence[Array]) -> tuple[Ids, Array]:
+        own, there = [], jnp.ones(ids[0].shape, bool)
+        for a, i in zip(axes, ids, strict=True):
+            here = i - jnp.clip(starts[a], 0, shape[a] - new[a])
+            own.append(jnp.clip(here, 0, new[a] - 1))
+            there &= here == own[-1]
+        return tuple(own), there
+
+    def kept(ids: Ids, *starts: Array) -> Moved:
+        return ids, ~places(ids, starts)[1]
+
+    def written(ids: Ids, *starts: Array) -> Moved:
+        return places(ids, starts)
+
+    def join(rows: list[Any], inside: list[Array | None], ids: Ids) -> Array:
+        return select([rows[0], rows[1]], [inside[0], None])
+
+    extra = tuple(range(2, 2 + len(shape)))
+    return View((Part(0, axes, kept), Part(1, axes, written)), join, extra)

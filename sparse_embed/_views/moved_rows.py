@@ -18,7 +18,7 @@ from sparse_embed._views.view import (
 )
 
 
-def slice_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def slice_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     p, shape = eqn.params, eqn.invars[0].aval.shape
     strides = p["strides"] or (1,) * len(shape)
     if operand_axes(eqn, 0, axes) is not None:
@@ -41,7 +41,7 @@ def slice_view(eqn: JaxprEqn, axes: Axes) -> View | None:
     return View((Part(0, axes, move),), rest)
 
 
-def reverse_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def reverse_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     dims, shape = eqn.params["dimensions"], eqn.invars[0].aval.shape
 
     def move(ids: Ids) -> Moved:
@@ -55,7 +55,7 @@ def reverse_view(eqn: JaxprEqn, axes: Axes) -> View | None:
     return View((Part(0, axes, move),), rest if left else lambda rows, inside, ids: rows[0])
 
 
-def pad_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def pad_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     config, shape = eqn.params["padding_config"], eqn.invars[0].aval.shape
     if all(tuple(config[a]) == (0, 0, 0) for a in axes):
         return None
@@ -79,7 +79,7 @@ def pad_view(eqn: JaxprEqn, axes: Axes) -> View | None:
     return View((Part(0, axes, move),), join)
 
 
-def concatenate_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def concatenate_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     axis = eqn.params["dimension"]
     if axis not in axes:
         return None
@@ -99,3 +99,25 @@ def concatenate_view(eqn: JaxprEqn, axes: Axes) -> View | None:
         return select([rows[i] for i in order], [inside[i] for i in order])
 
     return View(tuple(filled), join) if filled else None
+
+
+def split_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
+    axis, first = eqn.params["axis"], sum(map(int, eqn.params["sizes"][:out]))
+    if axis not in axes:
+        return None
+    part = Part(0, axes, along(axes, axis, lambda i: (i + first, None)))
+    return View((part,), lambda rows, inside, ids: rows[0])
+
+
+def tile_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
+    shape, reps = eqn.invars[0].aval.shape, eqn.params["reps"]
+    if len(reps) != len(shape):
+        return None
+
+    def move(ids: Ids) -> Moved:
+        return tuple(i % shape[a] for a, i in zip(axes, ids, strict=True)), None
+
+    features = tuple(reps[a] for a in range(len(shape)) if a not in axes)
+    moves = any(reps[a] != 1 for a in axes)
+    part = Part(0, axes, move if moves else None)
+    return View((part,), lambda rows, inside, ids: jnp.tile(rows[0], (1, *features)))

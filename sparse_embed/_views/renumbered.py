@@ -1,6 +1,6 @@
 """Views whose rows are numbered by other axes than those of their operands."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._core import Axes, JaxprEqn, operand_axes
-from sparse_embed._views.view import Ids, Moved, Part, View, without
+from sparse_embed._views.view import Ids, Moved, Part, View, select, without
 
 
-def broadcast_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def broadcast_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     """One that repeats rows: an axis that the operand lacks, or has one entry of."""
     dims, old = eqn.params["broadcast_dimensions"], eqn.invars[0].aval.shape
     new = eqn.params["shape"]
@@ -40,7 +40,7 @@ def _missing(to: Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(d for d in range(1, ndim) if d not in to)
 
 
-def squeeze_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def squeeze_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     """One member of a stack: the axis in front of its rows numbers them too."""
     dims, ndim = eqn.params["dimensions"], eqn.invars[0].aval.ndim
     own = operand_axes(eqn, 0, axes)
@@ -61,7 +61,7 @@ def squeeze_view(eqn: JaxprEqn, axes: Axes) -> View | None:
     return View((Part(0, (*front, *own), move),), join)
 
 
-def reshape_view(eqn: JaxprEqn, axes: Axes) -> View | None:
+def reshape_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     """Rows numbered by other axes, or several of them on one line of the operand."""
     if eqn.params["dimensions"] is not None or operand_axes(eqn, 0, axes) is not None:
         return None
@@ -99,3 +99,24 @@ def reshape_view(eqn: JaxprEqn, axes: Axes) -> View | None:
         return jnp.take_along_axis(several, which, axis=1, mode="promise_in_bounds")[:, 0]
 
     return View((Part(0, row_axes, move),), join)
+
+
+def stack_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
+    """Arrays one above the other: which of them is an axis of its own."""
+    axis, ndim = eqn.params["axis"], eqn.outvars[0].aval.ndim
+    left = tuple(a for a in axes if a != axis)
+    own = tuple(a - (a > axis) for a in left)
+    if axis not in axes:
+        place = 1 + [a for a in range(ndim) if a not in axes].index(axis)
+        parts = tuple(Part(i, own) for i in range(len(eqn.invars)))
+        return View(parts, lambda rows, inside, ids: jnp.stack(rows, axis=place))
+    number = axes.index(axis)
+
+    def move(which: int) -> Callable[[Ids], Moved]:
+        return lambda ids: ((*ids[:number], *ids[number + 1 :]), ids[number] == which)
+
+    def join(rows: list[Any], inside: list[Array | None], ids: Ids) -> Array:
+        tall = [jnp.broadcast_to(x, (ids[0].shape[0], *x.shape[1:])) for x in rows]
+        return select(tall, inside)
+
+    return View(tuple(Part(i, own, move(i)) for i in range(len(eqn.invars))), join)

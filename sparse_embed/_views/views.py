@@ -16,28 +16,40 @@ from sparse_embed._core import (
     operand_axes,
     rows_of,
 )
-from sparse_embed._views.chosen_rows import gather_view, scatter_view
+from sparse_embed._views.chosen_rows import (
+    dynamic_slice_view,
+    dynamic_update_slice_view,
+    gather_view,
+    scatter_view,
+)
 from sparse_embed._views.moved_rows import (
     concatenate_view,
     pad_view,
     reverse_view,
     slice_view,
+    split_view,
+    tile_view,
 )
-from sparse_embed._views.renumbered import broadcast_view, reshape_view, squeeze_view
+from sparse_embed._views.renumbered import broadcast_view, reshape_view, squeeze_view, stack_view
 from sparse_embed._views.view import Ids, Part, View, without
 
-# For each, given an equation and the axes along which the rows of its output run: the view, or
-# `None` if its rows are not moved, or cannot be had one by one.
-_VIEWS: dict[str, Callable[[JaxprEqn, Axes], View | None]] = {
+# For each, given an equation, which output it is, and the axes along which its rows run: the view,
+# or `None` if its rows are not moved, or cannot be had one by one.
+_VIEWS: dict[str, Callable[[JaxprEqn, int, Axes], View | None]] = {
     "broadcast_in_dim": broadcast_view,
     "concatenate": concatenate_view,
+    "dynamic_slice": dynamic_slice_view,
+    "dynamic_update_slice": dynamic_update_slice_view,
     "gather": gather_view,
     "pad": pad_view,
     "reshape": reshape_view,
     "rev": reverse_view,
     "scatter": scatter_view,
     "slice": slice_view,
+    "split": split_view,
     "squeeze": squeeze_view,
+    "stack": stack_view,
+    "tile": tile_view,
 }
 
 
@@ -47,7 +59,7 @@ def view_of(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     Which operands are tables is not asked: a part of an ordinary array is gathered from it.
     """
     special = _VIEWS.get(eqn.primitive.name)
-    if special is not None and (view := special(eqn, axes)) is not None:
+    if special is not None and (view := special(eqn, out, axes)) is not None:
         return view
     return _row_wise(eqn, out, axes)
 

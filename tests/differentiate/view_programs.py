@@ -81,6 +81,21 @@ VIEWS = {
         lambda t: 2 * jnp.flip(t.astype(jnp.float32), 0)[3:],
         lambda i: V - 4 - np.minimum(i, V - 4),
     ),
+    "repeated": View(T, lambda t: jnp.repeat(t, 2, axis=0), lambda i: i // 2),
+    "tiled": View(T, lambda t: jnp.tile(t, (2, 1)), lambda i: i % V),
+    "stacked_with_itself": View(T, lambda t: jnp.stack([t, 2 * t])[1], lambda i: i),
+    "broadcast": View(T, lambda t: jnp.broadcast_to(t, (2, *T))[1], lambda i: i),
+    "second_half": View(
+        T, lambda t: jnp.split(t, 2)[1], lambda i: np.minimum(i, V // 2 - 1) + V // 2
+    ),
+    "window": View(
+        T, lambda t: lax.dynamic_slice_in_dim(t, 5, V - 9), lambda i: np.minimum(i, V - 10) + 5
+    ),
+    "overwritten": View(
+        T,
+        lambda t: lax.dynamic_update_slice(t, jnp.ones((3, D)), (2, 0)),
+        lambda i: _but(lambda i: (i >= 2) & (i < 5), i, i),
+    ),
     "transposed": View((D, V), lambda t: t.T, lambda i: i, (1,)),
     "norms_of_columns": View(
         (D, V), lambda t: (t / jnp.linalg.norm(t, axis=0)).T, lambda i: i, (1,)
@@ -162,6 +177,17 @@ def view_of_a_table_and_its_slice(p, b):
 @program(batch={"ids": IDS, "order": ORDER}, listed=lambda b: [ORDER[IDS]], modes=JIT)
 def view_in_another_order(p, b):
     return head(p["t"][b["order"]][b["ids"]], p["w"])
+
+
+@program(batch={"ids": IDS, "order": ORDER}, listed=lambda b: [ORDER[IDS]], modes=JIT)
+def view_in_another_order_taken(p, b):
+    order = jnp.take(p["t"], b["order"], axis=0, mode="clip")
+    return head(jnp.take(order, b["ids"], axis=0, mode="clip"), p["w"])
+
+
+@program(batch={"ids": IDS, "by": np.array(3)}, listed=lambda b: [(IDS - 3) % V], modes=JIT)
+def view_rolled_by_what_the_batch_says(p, b):
+    return head(jnp.roll(p["t"], b["by"], axis=0)[b["ids"]], p["w"])
 
 
 @program(batch={"ids": IDS}, listed=lambda b: [IDS], modes=JIT, lean=False)

@@ -1,8 +1,10 @@
 """Table-shaped values that are computed only at the rows that are read."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._container import loosely
@@ -17,6 +19,7 @@ class Place(NamedTuple):
     axes: Axes  # along which they run
     ids: Ids  # in range, `[n]` along each of these
     inside: Array | None = None  # which of them the read shows at all; `None`: all
+    counted: Array | None = None  # which of these the gradient goes to; `None`: all
     path: Path = ()  # the views that were gone through
 
 
@@ -70,16 +73,23 @@ class Delayed:
         self, part: Part, view: View, place: Place, reading: Reading
     ) -> tuple[Array, Array | None]:
         x, ids, there, path = self.operands[part.operand], place.ids, None, place.path
+        counted = place.counted
         if part.move is not None:
             extra = whole([self.operands[i] for i in view.extra])
-            ids, there = part.move(ids, *extra)
+            ids = tuple(i if i.dtype.itemsize >= 4 else i.astype(jnp.int32) for i in ids)
+            ids, there, *more = part.move(ids, *extra)
+            counted = _both(counted, *more)
             path = (*path, (self.visit, part.operand))
         if not isinstance(x, Delayed) or not part.axes:
             return taken(whole([x])[0], part.axes, ids), there
-        inside = there if place.inside is None else place.inside
-        if there is not None and place.inside is not None:
-            inside = place.inside & there
-        return x.rows(Place(part.axes, ids, inside, path), reading), there
+        inside = _both(place.inside, there)
+        return x.rows(Place(part.axes, ids, inside, counted, path), reading), there
+
+
+def _both(*masks: Array | None) -> Array | None:
+    """Where all of them hold."""
+    known = [mask for mask in masks if mask is not None]
+    return reduce(jnp.logical_and, known) if known else None
 
 
 class Leaf(Delayed):
@@ -92,14 +102,12 @@ class Leaf(Delayed):
         return self.table
 
     def rows(self, place: Place, reading: Reading) -> Array:
-        order = sorted(range(len(place.axes)), key=lambda j: place.axes[j])
-        axes, ids = tuple(place.axes[j] for j in order), tuple(place.ids[j] for j in order)
-        key = self.number, place.path, axes
+        key = self.number, place.path, place.axes
         if key not in reading.memo:
-            reading.found[place.path, axes] = place._replace(axes=axes, ids=ids)
-            rows = taken(self.table, axes, ids)
-            if axes == (0,):
-                rows = loosely(rows, ids[0])
+            reading.found[place.path, place.axes] = place
+            rows = taken(self.table, place.axes, place.ids)
+            if place.axes == (0,):
+                rows = loosely(rows, place.ids[0])
             tap = reading.taps.get(key)
             reading.memo[key] = rows if tap is None else rows + tap
         return reading.memo[key]

@@ -40,7 +40,7 @@ def _scan(walk: Walk, eqn: JaxprEqn, tags: list[Tag], live: list[bool]) -> Found
     body, _ = open_jaxpr(eqn.params["jaxpr"])
     keep, inner = _keep(walk, eqn, tags, live, constant(body, tags, consts, carry))
     members = tags[consts + carry :]  # a row at a time, of a stack a table at a time
-    inner[consts + carry :] = [Tag(hidden=t.hidden | t.read) for t in members]
+    inner[consts + carry :] = [_shown(t) for t in members]
     plan = walk.plan(body, inner, live_carry(body, consts, carry, live))
     sites = [s.under(eqn.params["length"], s.axes) for s in plan.sites]
     step = Step("scan", (plan,), sites, keep)
@@ -74,12 +74,17 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, tags: list[Tag], live: list[bool]) -> 
     return _leave(walk, eqn, Step("shard_map", (plan,), sites, keep), live)
 
 
+def _shown(tag: Tag) -> Tag:
+    """That of a value which is an ordinary array inside."""
+    return Tag(hidden=tag.hidden | tag.read, origin=tag.origin)
+
+
 def _keep(
     walk: Walk, eqn: JaxprEqn, tags: list[Tag], live: list[bool], can: Sequence[bool]
 ) -> tuple[tuple[bool, ...], list[Tag]]:
     """Which operands stay delayed inside, and the tags there; the others are used whole."""
     keep = tuple(bool(t.read) and c for t, c in zip(tags, can, strict=True))
-    inner = [t if k else Tag(hidden=t.hidden | t.read) for t, k in zip(tags, keep, strict=True)]
+    inner = [t if k else _shown(t) for t, k in zip(tags, keep, strict=True)]
     if any(live):
         for tag, kept in zip(tags, keep, strict=True):
             if not kept:

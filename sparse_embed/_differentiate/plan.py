@@ -27,7 +27,7 @@ class Site:
         one outer axis for each `scan` and `shard_map` in between.
       axes: mesh axes over which the ids differ between devices.
       path: the views between the read and the leaves.
-      row_axes: the axes of the leaves along which their rows run.
+      row_axes: the axes of the leaves along which their rows run, in the order of the ids.
       sizes: how many there are along each.
       bag: the axis of the ids, counted from the last, over which the program adds the rows up
         right away; `None` if it does not. The taps are then those of the sums.
@@ -49,13 +49,14 @@ class Site:
 
     def form(self, leaf: Array) -> Form:
         """How the rows of a leaf lie in it."""
-        return Form(leaf.shape, self.row_axes)
+        return Form(leaf.shape, tuple(sorted(self.row_axes)))
 
     def flat(self, ids: Sequence[Array]) -> Array:
         """Row numbers of the leaves, of ids along each of `row_axes`."""
-        number = widened(ids[0])
-        for size, i in zip(self.sizes[1:], ids[1:], strict=True):
-            number = number * size + i
+        order = sorted(range(len(ids)), key=lambda j: self.row_axes[j])
+        number = widened(ids[order[0]])
+        for j in order[1:]:
+            number = number * self.sizes[j] + ids[j]
         return number
 
     bag: int | None = None

@@ -23,7 +23,7 @@ from sparse_embed._core import (
     path_name,
 )
 from sparse_embed._differentiate.plan import Plan, WholeUse
-from sparse_embed._differentiate.tags import Tag, leaf_tag
+from sparse_embed._differentiate.tags import OF_LEAVES, Tag, leaf_tag
 from sparse_embed._differentiate.walk import Walk
 
 Tables = Callable[[tuple[Any, ...], Any], bool] | Any | None
@@ -43,7 +43,8 @@ class Program:
 
     def tags(self, tables: set[int]) -> list[Tag]:
         """The tag of each input: its own number where it is followed."""
-        return [leaf_tag(k) if k in tables else Tag() for k in range(len(self.leaves))]
+        other = Tag(origin=OF_LEAVES)
+        return [leaf_tag(k) if k in tables else other for k in range(len(self.leaves))]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:

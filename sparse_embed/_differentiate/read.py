@@ -50,5 +50,6 @@ def _listed(site: Site, ids: ReadIds, reading: Reading) -> Array:
         return own
     place = reading.found[site.path, site.row_axes]
     there = own.reshape(-1) < site.read.num_rows
-    there = there if place.inside is None else there & place.inside
+    for mask in (place.inside, place.counted if site.lists == "listed" else None):
+        there = there if mask is None else there & mask
     return jnp.where(there, site.flat(place.ids), site.num_rows).reshape(own.shape)

@@ -11,7 +11,7 @@ class Source(NamedTuple):
     """Rows of a leaf, as one read sees them."""
 
     path: Path  # the views that its ids go through
-    axes: Axes  # of the leaf, along which its rows run; ascending
+    axes: Axes  # of the leaf, along which its rows run, in the order of the ids
     leaf: int
     live: bool  # whether a derivative of the rows reaches the leaf
 
@@ -42,7 +42,7 @@ def sources(node: Node, axes: Axes) -> Sources:
             return
         seen.add(key)
         if node.leaf >= 0:
-            found.rows.append(Source(path, tuple(sorted(axes)), node.leaf, live))
+            found.rows.append(Source(path, axes, node.leaf, live))
             return
         view = view_of(node.eqn, node.out, axes)
         if view is None:

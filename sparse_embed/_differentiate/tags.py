@@ -8,6 +8,8 @@ from sparse_embed._core import JaxprEqn, Literal, is_float
 
 _NONE: frozenset[int] = frozenset()
 
+OF_LEAVES, OF_DATA = 1, 2  # what a value depends on; a value of both is an activation
+
 Path = tuple[tuple[int, int], ...]  # the views between a read and a leaf: visit, and operand
 
 
@@ -41,6 +43,7 @@ class Tag(NamedTuple):
     live: frozenset[int] = _NONE  # and a derivative can flow back to these of them
     hidden: frozenset[int] = _NONE  # it came through a whole use of these
     node: Node | None = None  # how it is made of those it is `read` from
+    origin: int = 0  # OF_LEAVES, OF_DATA, both or neither
 
     @property
     def leaf(self) -> bool:
@@ -50,12 +53,12 @@ class Tag(NamedTuple):
 
 def leaf_tag(number: int) -> Tag:
     own = frozenset({number})
-    return Tag(own, own, node=Node(None, 0, (), -1, number, own))
+    return Tag(own, own, node=Node(None, 0, (), -1, number, own), origin=OF_LEAVES)
 
 
 def join(tags: Iterable[Tag]) -> Tag:
     """The tag of a value made of values with these tags."""
-    read, live, hidden, _ = zip(*tags, strict=True)
+    read, live, hidden, *_ = zip(*tags, strict=True)
     return Tag(_NONE.union(*read), _NONE.union(*live), _NONE.union(*hidden))
 
 
@@ -63,7 +66,7 @@ CONTRACTIONS = frozenset("dot_general conv_general_dilated".split())
 
 
 def tag_of(env: dict[Any, Tag], v: Any) -> Tag:
-    return Tag() if isinstance(v, Literal) else env.get(v, Tag())
+    return Tag() if isinstance(v, Literal) else env.get(v, Tag(origin=OF_DATA))
 
 
 def ordinary(eqn: JaxprEqn, tags: Sequence[Tag]) -> list[Any]:

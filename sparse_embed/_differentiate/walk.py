@@ -10,6 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any, Literal
 
 from sparse_embed._core import (
@@ -25,8 +27,19 @@ from sparse_embed._core import (
 from sparse_embed._differentiate.enter import ENTER, Found
 from sparse_embed._differentiate.live import live_vars, only_uses
 from sparse_embed._differentiate.plan import Plan, Site, Step, WholeUse
+from sparse_embed._differentiate.reread import is_read_again, repeats_entries
 from sparse_embed._differentiate.sources import Sources, blamed, sources
-from sparse_embed._differentiate.tags import Tag, behind, join, ordinary, tag_of, through, user
+from sparse_embed._differentiate.tags import (
+    OF_DATA,
+    OF_LEAVES,
+    Tag,
+    behind,
+    join,
+    ordinary,
+    tag_of,
+    through,
+    user,
+)
 from sparse_embed._views import RowRead, can_be_delayed, row_read
 
 _SAME_ROWS = frozenset("optimization_barrier pvary sharding_constraint".split())
@@ -90,11 +103,14 @@ class Walk:
         plan = Plan()
         live = live_vars(jaxpr, live_out)
         only = only_uses(jaxpr)
-        repeats = {e.outvars[0]: n for n, e in enumerate(jaxpr.eqns) if _repeats(e)}
+        repeats = {e.outvars[0]: n for n, e in enumerate(jaxpr.eqns) if repeats_entries(e)}
         env: dict[Any, Tag] = dict(zip(jaxpr.invars, in_tags, strict=True))
         for number, eqn in enumerate(jaxpr.eqns):
             tags = [tag_of(env, v) for v in eqn.invars]
+            origin = reduce(or_, (t.origin for t in tags), 0)
             if not any(t.read or t.hidden for t in tags):
+                if origin & OF_LEAVES:
+                    env.update(dict.fromkeys(eqn.outvars, Tag(origin=origin)))
                 continue
             outs_live = [self.list_all or v in live for v in eqn.outvars]
             uses = [only.get(v, len(jaxpr.eqns)) for v in eqn.outvars]
@@ -112,7 +128,9 @@ class Walk:
                     else:
                         plan.steps[use] = Step("done")
                 plan.sites += step.sites
-            env.update(zip(eqn.outvars, out_tags, strict=True))
+            env.update(
+                (v, t._replace(origin=origin)) for v, t in zip(eqn.outvars, out_tags, strict=True)
+            )
         plan.out_tags = [tag_of(env, v) for v in jaxpr.outvars]
         return plan
 
@@ -122,7 +140,7 @@ class Walk:
         """`then`: for each output the equation that alone uses it, if there is one."""
         name, read = eqn.primitive.name, row_read(eqn)
         is_view = name == "slice" and id(eqn) not in self.cut
-        if read is not None and not is_view and not _is_read_again(eqn, read, tags, then):
+        if read is not None and not is_view and not is_read_again(eqn, read, tags, then):
             found = self._read(eqn, read, tags, live[0])
             bag = read.summed_axis(then[0]) if then[0] else None
             if bag is not None and tags[0].leaf and self.lists == "listed" and found.sites:
@@ -145,14 +163,15 @@ class Walk:
         return self.whole(eqn, tags, live)
 
     def _spreads(self, eqn: JaxprEqn, tags: Sequence[Tag]) -> bool:
-        """Whether a leaf meets an array larger than itself: a bias, say, that of a batch."""
-        out = eqn.outvars[0].aval
-        if eqn.primitive.name not in ELEMENTWISE:
-            return False
+        """Whether a leaf meets what is no table: a bias the activations, or the data of a batch."""
         own = [v.aval for v, t in zip(eqn.invars, tags, strict=True) if t.read]
-        if any(x.shape[0] == out.shape[0] for x in own if x.size < out.size):
-            return False  # its rows get wider
-        return out.size > max(math.prod(self.shapes[k]) for t in tags for k in t.read)
+        largest, out = max(x.size for x in own), eqn.outvars[0].aval
+        for v, t in zip(eqn.invars, tags, strict=True):
+            if not t.read and t.origin == OF_LEAVES | OF_DATA and v.aval.size >= largest > 1:
+                return True
+        if eqn.primitive.name not in ELEMENTWISE or out.size == largest:
+            return False
+        return not any(x.shape[0] == out.shape[0] for x in own)  # then its rows get wider
 
     def _read(self, eqn: JaxprEqn, read: RowRead, tags: list[Tag], live: bool) -> Step:
         step, tag = Step("read", read=read), tags[0]
@@ -178,7 +197,7 @@ class Walk:
         for path, axes in dict.fromkeys((s.path, s.axes) for s in listed):
             own = sorted({s.leaf for s in listed if (s.path, s.axes) == (path, axes)})
             for k in own:
-                if self.row_axes.setdefault(k, axes) != axes:
+                if self.row_axes.setdefault(k, tuple(sorted(axes))) != tuple(sorted(axes)):
                     self._note(eqn.primitive.name, eqn, {k})
             sizes = tuple(self.shapes[own[0]][a] for a in axes)
             site = Site(read, tuple(own), self.lists, line, read.lead, mesh, path, axes, sizes)
@@ -218,31 +237,3 @@ class Walk:
         """The user's line; for an equation inside a jax function, that of its call."""
         calls = [call] if call else self._calls
         return source_line(eqn) or (calls[-1] if calls else "an unknown line")
-
-
-def _repeats(eqn: JaxprEqn) -> bool:
-    """Whether it makes an array larger by repeating entries."""
-    if eqn.primitive.name != "broadcast_in_dim":
-        return False
-    return eqn.invars[0].aval.size < eqn.outvars[0].aval.size
-
-
-def _is_read_again(
-    eqn: JaxprEqn, read: RowRead, tags: Sequence[Tag], then: Sequence[JaxprEqn | None]
-) -> bool:
-    """Whether rows read are for a second read, of fewer: `table[order][ids]`. It is a view then."""
-    again = _next_read(eqn.outvars[0].aval, then[0])
-    if again is None or again.axes != (0,) or tags[0].node is None or len(read.lead) != 1:
-        return False
-    alone = read.run is None or eqn.primitive.name == "dynamic_slice"
-    return alone and math.prod(again.lead) <= math.prod(read.lead)
-
-
-def _next_read(aval: Any, user: JaxprEqn | None) -> RowRead | None:
-    """What reads rows of a value of this type, where `user` alone uses it, inside a call or not."""
-    if user is None or user.primitive.name not in CALLS:
-        return row_read(user) if user is not None and user.primitive.name != "slice" else None
-    body = called_jaxpr(user)[0]
-    alike = [v for v in body.invars if (v.aval.shape, v.aval.dtype) == (aval.shape, aval.dtype)]
-    use = only_uses(body).get(alike[0], -1) if len(alike) == 1 else -1
-    return _next_read(aval, body.eqns[use]) if use >= 0 else None

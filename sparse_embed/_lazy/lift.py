@@ -154,7 +154,7 @@ def lazy(
     ) -> tuple[Any, LazyState]:
         job, leaves = prepared(updates, state, params)
         given = None if params is None else jax.tree.leaves(params)
-        flat = Flat(job, leaves, given, extra)
+        flat = Flat(job, leaves, given, state.row_counts, extra)
         job, leaves, given = flat.job, flat.state, flat.params
         found, reductions = None, None
         arrays = [

@@ -24,6 +24,7 @@ from sparse_embed._core import (
     JaxprEqn,
     Literal,
     called_jaxpr,
+    open_jaxpr,
     source_line,
     transform_name,
 )
@@ -39,6 +40,7 @@ class Flat:
       job: the update as it was asked for; its gradients are `Listed` or `RowSparse`.
       state: leaves of the inner state.
       params: leaves of the parameters, or None.
+      row_counts: per-row counts of `clock="row"`.
       extra: extra arguments of `inner.update`.
 
     Attributes:
@@ -51,13 +53,20 @@ class Flat:
     """
 
     def __init__(
-        self, job: Update, state: list[Any], params: list[Any] | None, extra: dict[str, Any]
+        self,
+        job: Update,
+        state: list[Any],
+        params: list[Any] | None,
+        row_counts: dict[str, list[Array]],
+        extra: dict[str, Any],
     ):
         self.forms = {k: g.form for k, g in job.tables.items() if not g.form.plain}
         self.job, self.state, self.params = job, state, params
         self._own = self._leaves(job)
         if not self.forms:
             return
+        if row_counts:
+            raise ValueError(refusal('clock="row" counts the steps of rows' + _INSTEAD))
         layout = replace(
             job.layout,
             shapes=[
@@ -173,6 +182,11 @@ def _needs_shape(jaxpr: Any, met: set[Any]) -> Iterator[JaxprEqn]:
             body = called_jaxpr(eqn)[0]
             inside = {v for v, o in zip(body.invars, own, strict=True) if o}
             yield from _needs_shape(body, inside)
+        elif name == "cond":
+            for branch in eqn.params["branches"]:
+                body = open_jaxpr(branch)[0]
+                inside = {v for v, o in zip(body.invars, own[1:], strict=True) if o}
+                yield from _needs_shape(body, inside)
         elif name in REDUCTIONS:
             if len(eqn.params["axes"]) == eqn.invars[0].aval.ndim:
                 continue  # one number
@@ -186,6 +200,10 @@ def _names(jaxpr: Any) -> list[str]:
     """What a program does, in order, whatever the shapes."""
     found: list[str] = []
     for eqn in jaxpr.eqns:
-        calls = eqn.primitive.name in CALLS or eqn.primitive.name in CUSTOM_RULES
-        found += _names(called_jaxpr(eqn)[0]) if calls else [eqn.primitive.name]
+        if eqn.primitive.name in CALLS or eqn.primitive.name in CUSTOM_RULES:
+            found += _names(called_jaxpr(eqn)[0])
+            continue
+        found.append(eqn.primitive.name)
+        for branch in eqn.params.get("branches", ()):
+            found += _names(open_jaxpr(branch)[0])
     return found

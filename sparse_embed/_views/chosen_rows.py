@@ -11,7 +11,7 @@ from jax import Array
 from jax.lax import GatherScatterMode
 
 from sparse_embed._core import Axes, JaxprEqn
-from sparse_embed._views.reads import FILL, row_read
+from sparse_embed._views.reads import DROP, FILL, row_read
 from sparse_embed._views.view import Ids, Moved, Part, View, select
 
 LONGEST_SET = 64  # rows that `table.at[indices].set` may replace: each id is compared with all
@@ -30,7 +30,10 @@ def gather_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     def move(ids: Ids, starts: Array) -> Moved:
         order = [ids[axes.index(a)] for a in lead]
         own = read.ids([starts[tuple(order)]], tuple(order))
-        return own.safe, own.listed < read.num_rows if read.mode == FILL else None
+        inside = own.listed < read.num_rows
+        if read.mode == FILL:
+            return own.safe, inside
+        return own.safe, None, inside if read.mode == DROP else None
 
     def join(rows: list[Any], inside: list[Array | None], ids: Ids) -> Array:
         if inside[0] is None:
@@ -54,6 +57,7 @@ def scatter_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
         or tuple(numbers.update_window_dims) != tuple(range(lead, lead + features))
         or new.shape[lead:] != tuple(x for a, x in enumerate(table.shape) if a not in axes)
         or number > LONGEST_SET
+        or indices.dtype.itemsize < 4  # of which JAX itself makes other rows
     ):
         return None
     clips = eqn.params["mode"] == GatherScatterMode.CLIP

@@ -15,7 +15,9 @@ from jax import Array
 from sparse_embed._core import Axes, JaxprEqn, as_block, bind_on_rows, rows_of
 
 Ids = tuple[Array, ...]  # `[n]` for each of the axes along which rows run
-Moved = tuple[Ids, Array | None]  # ids in an operand, and which of them are there (`None`: all)
+# Ids in an operand, and which of them are there (`None`: all); perhaps also, to which of those that
+# are the gradient goes.
+Moved = tuple[Ids, Array | None] | tuple[Ids, Array | None, Array | None]
 
 
 class Part(NamedTuple):

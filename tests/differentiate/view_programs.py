@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from programs import A_B_W, GRID, IDS, JIT, PROGRAMS, D, V, arrays, head, no_nan, program
+from programs import A_B_W, GRID, IDS, JIT, OTHER, PROGRAMS, D, V, arrays, head, no_nan, program
 
 import sparse_embed as se
 
@@ -288,6 +288,42 @@ def stack_read_in_two_ways(p, b):
     return head(p["t"][b["f"], b["ids"]], p["w"]) + head(p["t"][b["f"]], p["w"])
 
 
+@program(
+    arrays(t=(40, 40, D), w=(D,)),
+    batch={"f": OTHER, "ids": OTHER + 3},
+    listed=None,
+    modes=JIT,
+    row_axes={"t": (0, 1)},
+    lean=False,
+)
+def stack_and_its_transpose(p, b):
+    return head((p["t"] + 2 * p["t"].transpose(1, 0, 2))[b["f"], b["ids"]], p["w"])
+
+
+OUT_OF_ORDER = np.where(np.arange(V) % 3, ORDER, V + ORDER)  # a third is outside
+
+
+@program(
+    batch={"ids": IDS, "order": OUT_OF_ORDER},
+    modes=JIT,
+    listed=lambda b: [OUT_OF_ORDER[IDS]],
+    touched=lambda b: [np.minimum(OUT_OF_ORDER[IDS], V - 1)],
+)
+def view_in_an_order_partly_outside(p, b):
+    return head(p["t"][b["order"]][b["ids"]], p["w"])
+
+
+@program(batch={"id": np.array(190, np.uint8)}, listed=lambda b: [490], modes=JIT)
+def view_at_a_narrow_id(p, b):
+    return head(lax.dynamic_index_in_dim(p["t"][300:600], b["id"]), p["w"])
+
+
+@program(batch={"ids": IDS}, listed=lambda b: [IDS[IDS > 0] - 1], modes=JIT, rtol=1e-2)
+def view_padded_then_cast(p, b):
+    padded = jnp.concatenate([jnp.zeros((1, D)), p["t"]]).astype(jnp.bfloat16)
+    return head(padded[b["ids"]].astype(jnp.float32), p["w"])
+
+
 # --- dense, and not in silence --------------------------------------------------------------------
 
 
@@ -315,3 +351,21 @@ def rows_cut_and_joined(p, b):
 def bias_of_a_softmax(p, b):
     """A bias is no table, though one entry of what it is added to is read."""
     return -jnp.sum(jax.nn.log_softmax(b["x"] @ p["w"] + p["b"])[jnp.arange(6), b["y"]])
+
+
+@program(arrays(b=(D,), w=(4, D)), "", {"x": np.ones(4, np.float32), "y": np.array(3)}, modes=JIT)
+def bias_of_one_example(p, b):
+    return -jax.nn.log_softmax(b["x"] @ p["w"] + p["b"])[b["y"]]
+
+
+@program(
+    arrays(e=(V, D), pos=(1, 6, D), w=(D,)),
+    "e",
+    {"ids": IDS[None], "last": np.array([2])},
+    listed={"e": "ids"},
+    modes=JIT,
+    lean=False,
+)
+def positions_of_a_batch_of_one(p, b):
+    h = p["e"][b["ids"]] + p["pos"]
+    return head(h[jnp.arange(1), b["last"]], p["w"])

@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "adam": lambda: optax.adam(optax.linear_schedule(0.1, 0.01, 5)),
     "adamw, clipped": lambda: optax.chain(CLIP, optax.adamw(0.1)),
     "block rms": lambda: optax.chain(optax.clip_by_block_rms(0.1), optax.rmsprop(0.1)),
+    "novograd": lambda: optax.novograd(0.1),
     "lion": lambda: optax.lion(0.1),  # its update needs the old state
 }
 CASES = [(form, "adamw, clipped") for form in FORMS]
@@ -133,6 +134,14 @@ def test_what_sees_how_a_table_lies_is_refused(name):
     params, tx = new_params(shape), se.lazy(make())
     grads = {"t": gradient(shape, axes)[0], "w": params["w"]}
     with pytest.raises(ValueError, match=f"(?s)got: .*{reason}.*reshape or transpose it.*write: "):
+        tx.update(grads, tx.init(params), params)
+
+
+def test_a_clock_for_each_row_is_refused():
+    shape, axes = FORMS["stack"]
+    params, tx = new_params(shape), se.lazy(optax.adam(0.1), clock="row")
+    grads = {"t": gradient(shape, axes)[0], "w": params["w"]}
+    with pytest.raises(ValueError, match='(?s)got: clock="row".*reshape.*write: '):
         tx.update(grads, tx.init(params), params)
 
 

@@ -24,10 +24,13 @@ def value_and_grad(
     distinct `ids` with `sum over i with ids[i] == r of dL/d(T[ids])[i]` as row `r`; no array of the
     table's size is made. Lookups may be written in any way that reads whole rows: `se.lookup`,
     `jnp.take(table, ids, axis=0)`, `table[ids]`, flax and equinox embeddings; inside `jit`, `vmap`,
-    `scan`, `cond`, `checkpoint` and `shard_map`; after row-wise operations such as a cast.
+    `scan`, `cond`, `checkpoint` and `shard_map`; after row-wise operations such as a cast; and
+    through views of rows: slices, flips, padding, concatenations, masks, transposes, reshapes.
+    Of a stack of tables read as `T[f, ids]`, or of `T[:, ids]`, the gradient says which axes number
+    its rows (`RowSparse.row_axes`).
 
     A table that is also used whole gets a dense gradient, and one warning that names the operation
-    and its line. A leaf read only at constant places (`p[0]`, `p[:10]`) is dense.
+    and its line; so does one that is read along several axes (`T[f, ids]` and `T[f]`). A leaf read only at constant places (`p[0]`, `p[:10]`) is dense.
 
     Args:
       fun: function with a scalar value, or `(value, aux)` with `has_aux`.

@@ -30,7 +30,8 @@ def value_and_grad(
     its rows (`RowSparse.row_axes`).
 
     A table that is also used whole gets a dense gradient, and one warning that names the operation
-    and its line; so does one that is read along several axes (`T[f, ids]` and `T[f]`). A leaf read only at constant places (`p[0]`, `p[:10]`) is dense.
+    and its line; so does one that is read along several axes (`T[f, ids]` and `T[f]`). A
+    leaf read only at constant places (`p[0]`, `p[:10]`) is dense.
 
     Args:
       fun: function with a scalar value, or `(value, aux)` with `has_aux`.

@@ -33,6 +33,7 @@ from sparse_embed._core.jaxpr import transform_name as transform_name
 from sparse_embed._core.jaxpr import used_inputs as used_inputs
 from sparse_embed._core.jaxpr import varying_axes as varying_axes
 from sparse_embed._core.jaxpr import while_tracing as while_tracing
+from sparse_embed._core.jaxpr import without_calls as without_calls
 from sparse_embed._core.pages import ask_for_huge_pages as ask_for_huge_pages
 from sparse_embed._core.rowwise import ELEMENTWISE as ELEMENTWISE
 from sparse_embed._core.rowwise import REDUCTIONS as REDUCTIONS

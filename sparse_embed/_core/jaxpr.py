@@ -113,6 +113,28 @@ def as_jaxpr(fun: Any, *args: Any) -> tuple[Any, Sequence[Any]]:
     return open_jaxpr(jax.make_jaxpr(fun)(*args))
 
 
+def without_calls(program: tuple[Any, Sequence[Any]], *args: Any) -> tuple[Any, Sequence[Any]]:
+    """`(jaxpr, consts)` with the equations of functions that it only calls in their place.
+
+    Args:
+      program: `(jaxpr, consts)`.
+      *args: a tree of its inputs.
+    """
+
+    def run(program: tuple[Any, Sequence[Any]], inputs: Sequence[Any]) -> list[Any]:
+        jaxpr, consts = program
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            called = eqn.primitive.name in CALLS
+            outs = run(called_jaxpr(eqn), values) if called else bind(eqn, values)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    return as_jaxpr(lambda *args: run(program, jax.tree.leaves(args)), *args)
+
+
 def used_inputs(jaxpr: Any) -> list[bool]:
     """For each input of an open jaxpr, whether some output depends on its value."""
     return list(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._container import Block, gather_rows
+from sparse_embed._core import CALLS, called_jaxpr, without_calls
 from sparse_embed._on_rows import (
     Flow,
     Listing,
@@ -74,8 +75,12 @@ class BlockProgram:
     known: dict[Path, Array] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.program, trees = traced(self.job, self.state, self.params, self.extra)
+        program, trees = traced(self.job, self.state, self.params, self.extra)
         same_trees(self.job, trees)
+        # A function called with several tables would be run whole for each of them.
+        like = [struct(g) for g in self.job.grads], self.state, self.params
+        calls = any(eqn.primitive.name in CALLS for eqn in program[0].eqns)
+        self.program = without_calls(program, *like) if calls else program
         self.jaxpr, self.first = self.program[0], len(self.job.grads)
         self.tables, self.flow = self.job.tables, Flow(self.jaxpr)
         self._before: set[Any] | None = None
@@ -154,8 +159,17 @@ class BlockProgram:
         return engine, engine.run(self.program, list(args.values()), only, given)
 
     def result(self, path: Path) -> list[Any]:
-        """The value of the program that a reduction gives; none, if it is inside a call."""
-        return self._at(path).outvars if len(path) == 1 else []
+        """The value of the program that a reduction gives.
+
+        None, if it is inside a call that does more; that of a call that only reduces, as `jnp.sum`.
+        """
+        eqn = top = self._at(path)
+        for inner in path[1:]:
+            body = called_jaxpr(eqn)[0]
+            eqn = next(e for e in body.eqns if id(e) == inner)
+            if list(body.outvars) != list(eqn.outvars):
+                return []
+        return top.outvars
 
     def before_reductions(self, paths: Iterable[Path]) -> set[Any]:
         """The values of the program that reductions depend on."""

@@ -42,6 +42,7 @@ from sparse_embed._differentiate.tags import (
 )
 from sparse_embed._views import RowRead, can_be_delayed, row_read
 
+READS = frozenset("gather dynamic_slice".split())
 _SAME_ROWS = frozenset("optimization_barrier pvary sharding_constraint".split())
 
 
@@ -146,7 +147,8 @@ class Walk:
             if bag is not None and tags[0].leaf and self.lists == "listed" and found.sites:
                 found.sites = [replace(found.sites[0], bag=bag)]
             return found, [Tag()]
-        if can_be_delayed(eqn) and any(t.node for t in tags) and not self._spreads(eqn, tags):
+        known = can_be_delayed(eqn) and (read is not None or name not in READS)
+        if known and any(t.node for t in tags) and not self._spreads(eqn, tags):
             self._visits += 1
             step = Step("row_op", visit=self._visits)
             call, outs = self._calls[-1] if self._calls else "", range(len(eqn.outvars))
@@ -214,6 +216,8 @@ class Walk:
         if can_be_delayed(eqn):  # an array repeated: nobody looks its rows up
             leaves = frozenset()
         hidden = whole.hidden | leaves
+        if name in READS:  # of parts of rows, say: a lookup all the same
+            self.looked_up.update(tags[0].read | tags[0].hidden)
         if name in CUSTOM_RULES:  # it may look rows up inside
             probe = Walk(self.shapes)
             body = called_jaxpr(eqn)[0]

@@ -20,7 +20,7 @@ LONGEST_SET = 64  # rows that `table.at[indices].set` may replace: each id is co
 def gather_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     """Rows that were read before, of which some are read: `table[order][ids]`."""
     read = row_read(eqn)
-    if read is None or read.run is not None:
+    if read is None or read.run is not None or read.kept:
         return None
     offset = eqn.params["dimension_numbers"].offset_dims
     lead = tuple(a for a in range(eqn.outvars[0].aval.ndim) if a not in offset)

@@ -60,6 +60,14 @@ class RowRead(NamedTuple):
     def num_rows(self) -> int:
         return prod(self.sizes)
 
+    @property
+    def kept(self) -> bool:
+        """Whether some of its axes stay in what a gather gives, with one entry."""
+        numbers = self.eqn.params.get("dimension_numbers")
+        if numbers is None or self.run is not None:
+            return False
+        return len(numbers.collapsed_slice_dims) + len(self.batched) < len(self.axes)
+
     def ids(self, starts: Sequence[Array], places: Sequence[Array] | None = None) -> ReadIds:
         """Computes the ids from the equation's operands behind the table.
 
@@ -156,6 +164,10 @@ class RowRead(NamedTuple):
         if self.eqn.primitive.name != "gather":
             return rows.reshape(self.eqn.outvars[0].aval.shape) if self.run is None else rows
         offset_dims = self.eqn.params["dimension_numbers"].offset_dims
+        if self.kept:
+            rows = rows.reshape(
+                *self.lead, *(self.eqn.outvars[0].aval.shape[a] for a in offset_dims)
+            )
         return jnp.moveaxis(rows, range(rows.ndim - len(offset_dims), rows.ndim), offset_dims)
 
     def _over_features(self, x: Array) -> Array:
@@ -188,7 +200,10 @@ def _gather(eqn: JaxprEqn) -> RowRead | None:
     mode, order = eqn.params["mode"], tuple(numbers.start_index_map)
     batching = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
     batched = {int(a): int(d) for a, d in batching}
-    axes = tuple(sorted((*map(int, numbers.collapsed_slice_dims), *batched)))
+    gone = (*map(int, numbers.collapsed_slice_dims), *batched)
+    # Of a vmapped read of single rows, the axis that is read stays, with one entry.
+    one = [a for a, size in enumerate(sizes) if size == 1 != table[a] and a not in gone]
+    axes = tuple(sorted((*gone, *(one if batched else ()))))
     run = sizes[0] if not axes else None
     axes = axes or (0,)  # whole rows from a start on
     if (

@@ -664,8 +664,9 @@ def cond_in_scan_with_lookups(p, b):
     return jnp.sum(lax.scan(body, jnp.zeros(D), (b["ids"], b["flags"]))[0])
 
 
-# jax makes a cond with a predicate for each example into a select between copies of the table.
-@program(sparse="", batch=FLAGGED)
+# jax makes a cond with a predicate for each example into both branches and a select, of copies of
+# the table.
+@program(batch=FLAGGED, listed=lambda b: [b["ids"], b["ids"] // 2])
 def vmapped_cond(p, b):
     def one(i, flag):
         return lax.cond(flag, lambda: p["t"][i], lambda: 2 * p["t"][i // 2])

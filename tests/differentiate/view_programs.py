@@ -6,10 +6,12 @@ They are added to `PROGRAMS`; `VIEWS` are those without a context.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from programs import A_B_W, GRID, IDS, JIT, OTHER, PROGRAMS, D, V, arrays, head, no_nan, program
 
@@ -266,6 +268,38 @@ def stack_of_linen_embed(p, b):
     embed = nn.vmap(nn.Embed, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True})
     rows = embed(V, D).apply({"params": {"embedding": p["embedding"]}}, b["ids"])
     return head(rows, p["w"])
+
+
+def _equinox_stack(model, b):
+    weight, ids = model["t"], b["ids"]
+    embed = eqx.nn.Embedding(weight=weight[0])
+    embeds = eqx.tree_at(lambda m: m.weight, embed, weight)
+    rows = eqx.filter_vmap(lambda e, own: jax.vmap(e)(own))(embeds, ids)
+    return head(rows, model["w"])
+
+
+program(STACK_W, batch={"ids": GRID[:F]}, name="stack_of_equinox", modes=JIT, **BY_TABLE)(
+    _equinox_stack
+)
+
+
+@nnx.vmap(in_axes=(0, 0))
+def _embed(embed, ids):
+    return embed(ids)
+
+
+@program(STACK_W, batch={"ids": GRID[:F]}, modes=JIT, **BY_TABLE)
+def stack_of_nnx_embed(p, b):
+    embed = nnx.Embed(1, D, rngs=nnx.Rngs(0))
+    embed.num_embeddings, embed.embedding = V, nnx.Param(p["t"])
+    return head(_embed(embed, b["ids"]), p["w"])
+
+
+@program(sparse="", warns={"t": "gather"}, modes=JIT)
+def parts_of_rows(p, b):
+    numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
+    rows = lax.gather(p["t"], b["ids"][:, None], numbers, (1, 3), mode="clip")
+    return head(rows, p["w"][:3])
 
 
 @program(

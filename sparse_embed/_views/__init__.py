@@ -7,7 +7,7 @@ Never: a program, nor a derivative. Nothing is computed here until ids are given
 
 from sparse_embed._views.reads import ReadIds as ReadIds
 from sparse_embed._views.reads import RowRead as RowRead
-from sparse_embed._views.reads import row_read as row_read
+from sparse_embed._views.row_reads import row_read as row_read
 from sparse_embed._views.view import Ids as Ids
 from sparse_embed._views.view import Part as Part
 from sparse_embed._views.view import View as View

@@ -11,7 +11,8 @@ from jax import Array
 from jax.lax import GatherScatterMode
 
 from sparse_embed._core import Axes, JaxprEqn
-from sparse_embed._views.reads import DROP, FILL, row_read
+from sparse_embed._views.reads import DROP, FILL
+from sparse_embed._views.row_reads import row_read
 from sparse_embed._views.view import Ids, Moved, Part, View, select
 
 LONGEST_SET = 64  # rows that `table.at[indices].set` may replace: each id is compared with all

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._core import Axes
+from sparse_embed._core import Axes, message
 
 
 class Form(NamedTuple):
@@ -50,6 +50,15 @@ class Form(NamedTuple):
 
         Entries of rows that there are not get distinct numbers beyond the array.
         """
+        last = prod(self.shape) + indices.size * prod(self.features)
+        if indices.dtype.itemsize < 8 and last >= 2**31:
+            raise ValueError(
+                message(
+                    "a RowSparse whose rows are not its first axes: too many entries for int32.",
+                    f"shape {self.shape}, row_axes {self.row_axes}",
+                    "the table with its rows first, transposed in the model; or jax_enable_x64",
+                )
+            )
         strides = [prod(self.shape[a + 1 :]) for a in range(len(self.shape))]
         start, left = jnp.zeros_like(indices), indices
         for a, size in reversed(list(zip(self.row_axes, self.sizes, strict=True))):

@@ -202,6 +202,8 @@ class Walk:
                 if self.row_axes.setdefault(k, tuple(sorted(axes))) != tuple(sorted(axes)):
                     self._note(eqn.primitive.name, eqn, {k})
             sizes = tuple(self.shapes[own[0]][a] for a in axes)
+            if len(axes) > 1 and math.prod(sizes) >= 2**31:  # more rows than int32 can number
+                self._note(eqn.primitive.name, eqn, set(own))
             site = Site(read, tuple(own), self.lists, line, read.lead, mesh, path, axes, sizes)
             step.sites.append(site)
         return step

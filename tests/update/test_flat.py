@@ -184,3 +184,16 @@ def test_row_axes_are_checked():
     other = se.RowSparse(jnp.arange(3), jnp.zeros((3, 40, 2)), rows.shape)
     with pytest.raises(ValueError, match="(?s)of different shapes.*row_axes"):
         rows + other
+
+
+def test_more_rows_than_int32_can_number_are_not_numbered():
+    """By shape alone: the arrays would take 13 GB."""
+    struct, ids = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((4,), jnp.int32)
+    entries = se.grad(lambda p, i, j: p[i, j].sum())
+    with pytest.warns(UserWarning, match="is dense: `gather`"):
+        grad = jax.eval_shape(entries, struct((100_000_000, 32), jnp.float32), ids, ids)
+    assert not isinstance(grad, se.RowSparse)
+    columns = se.grad(lambda p, i: p[:, i].sum())
+    with pytest.raises(ValueError, match="(?s)too many entries.*got: .*write: .*rows first"):
+        table = struct((64, 50_000_000), jnp.float32)
+        jax.eval_shape(lambda p, i: p + columns(p, i), table, ids)

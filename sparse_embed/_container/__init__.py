@@ -5,6 +5,8 @@ Out: each row once, repeats summed in at least float32; rows gathered, added, se
 Never: an array with as many rows as the table, but where a user asks for a dense one.
 """
 
+from sparse_embed._container.apart import hashable as hashable
+from sparse_embed._container.apart import slots_of_each as slots_of_each
 from sparse_embed._container.coalesce import coalesce as coalesce
 from sparse_embed._container.each_block import Block as Block
 from sparse_embed._container.each_block import add_rows as add_rows
@@ -16,9 +18,8 @@ from sparse_embed._container.indices import PADDED as PADDED
 from sparse_embed._container.indices import Slots as Slots
 from sparse_embed._container.indices import as_integers as as_integers
 from sparse_embed._container.indices import distinct as distinct
-from sparse_embed._container.indices import first_seen as first_seen
-from sparse_embed._container.indices import first_seen_of_each as first_seen_of_each
 from sparse_embed._container.indices import flat_indices as flat_indices
+from sparse_embed._container.indices import slots_among as slots_among
 from sparse_embed._container.indices import widened as widened
 from sparse_embed._container.listed import Listed as Listed
 from sparse_embed._container.listed import Part as Part
@@ -27,6 +28,7 @@ from sparse_embed._container.row_sparse import RowSparse as RowSparse
 from sparse_embed._container.row_sparse import is_row_sparse as is_row_sparse
 from sparse_embed._container.row_sparse import summed as summed
 from sparse_embed._container.row_sparse import unsummed as unsummed
+from sparse_embed._container.segments import clipped_rows as clipped_rows
 from sparse_embed._container.segments import gather_rows as gather_rows
 from sparse_embed._container.segments import loosely as loosely
 from sparse_embed._container.segments import nan_where as nan_where

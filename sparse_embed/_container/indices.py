@@ -109,6 +109,21 @@ def distinct(indices: Array, num_rows: int, size: int) -> Slots:
     return Slots(slot, compact, count)
 
 
+def slots_among(ascending: Array, indices: Array) -> Array:
+    """Where rows stand in a list of distinct ones.
+
+    Args:
+      ascending: `[s]` distinct rows, ascending, then padding.
+      indices: `[n]` row numbers.
+
+    Returns:
+      The place of each, `[n]` int32; s for what is not there.
+    """
+    slot = jnp.searchsorted(ascending, indices).astype(jnp.int32)
+    there = ascending.at[slot].get(mode="fill", fill_value=-1) == indices
+    return jnp.where(there, slot, ascending.size)
+
+
 _ROOM = 8  # buckets for each listed row, so that few ids collide
 
 

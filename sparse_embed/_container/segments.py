@@ -42,7 +42,18 @@ def segment_count(slot: Array, size: int) -> Array:
 
 def gather_rows(table: Array, indices: Array, fill: float | None = 0) -> Array:
     """`[n, *features]` rows of `table`; an index outside the table reads as `fill`."""
+    if indices.shape == (1,):
+        # XLA turns a gather of one row into a slice, which it reads anew for each use, also where
+        # the table was written in between: it would copy the table to have the old row still.
+        return gather_rows(table, jnp.concatenate([indices, indices]), fill)[:1]
     return table.at[indices].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
+
+
+def clipped_rows(table: Array, indices: Array) -> Array:
+    """As `gather_rows`; an index beyond the table reads the last row, which costs less."""
+    if indices.shape == (1,):
+        return clipped_rows(table, jnp.concatenate([indices, indices]))[:1]
+    return jnp.take(table, indices, 0, mode="clip")
 
 
 def loosely(rows: Array, ids: Array) -> Array:
@@ -61,11 +72,13 @@ def loosely(rows: Array, ids: Array) -> Array:
 _SINGLE = (jnp.float32, jnp.float64)
 
 
-@partial(jax.jit, inline=True)  # outside of any other jit it is one call
-def set_rows(table: Array, indices: Array, rows: Array) -> Array:
-    """`table` with `rows` at the ascending, distinct `indices` of a coalesced gradient."""
-    rows = rows.astype(table.dtype)
-    return table.at[indices].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
+# Outside of any other jit it is one call.
+@partial(jax.jit, inline=True, static_argnames="ascending")
+def set_rows(table: Array, indices: Array, rows: Array, ascending: bool = True) -> Array:
+    """`table` with `rows` at distinct `indices`, ascending as in a coalesced gradient, or not."""
+    return table.at[indices].set(
+        rows.astype(table.dtype), mode="drop", unique_indices=True, indices_are_sorted=ascending
+    )
 
 
 def nan_where(bad: Array, rows: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 
 from sparse_embed._container import RowSparse
 from sparse_embed._core import argument_numbers, check_function, in_blocks
-from sparse_embed._differentiate.program import Tables
+from sparse_embed._differentiate.program import Tables, trace
 from sparse_embed._differentiate.taps import is_listed, value_and_listed
 
 
@@ -64,7 +64,8 @@ def value_and_grad(
     listing = value_and_listed(fun, argnums, has_aux, tables=tables)
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
-        value, grads, _ = listing(*args, **kwargs)
+        program = trace(fun, argnums, args, kwargs)
+        value, grads, _ = listing(program, *args, **kwargs)
         return value, gradients(grads)
 
     return value_and_grad_fun

@@ -61,6 +61,13 @@ class Site:
 
     bag: int | None = None
 
+    def lines(self, ids: Array) -> Array:
+        """Its ids as `[l, b]`: a line for each place in a bag, one line where there is none."""
+        if self.bag is None:
+            return ids.reshape(1, -1)
+        ids = jnp.moveaxis(ids, self.bag, 0)
+        return ids.reshape(ids.shape[0], -1)
+
     @property
     def tap_shape(self) -> tuple[int, ...]:
         """`shape`, without the axis that is summed."""

@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -45,6 +45,10 @@ class Program:
         """The tag of each input: its own number where it is followed."""
         other = Tag(origin=OF_LEAVES)
         return [leaf_tag(k) if k in tables else other for k in range(len(self.leaves))]
+
+    def at(self, tree: Any) -> "Program":
+        """The same program, of other values of the differentiated argument."""
+        return replace(self, leaves=jax.tree.leaves(tree))
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:

@@ -27,7 +27,8 @@ def read_rows(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: L
     ids = step.read.ids(whole(starts))
     if step.bag is not None:
         total = step.read.sum(table.whole(), ids, step.bag)
-        return [total + taps[0][0]], [ids.listed]
+        own = [getattr(ids, step.sites[0].lists)]
+        return [total + taps[0][0] if taps[0] else total], own
     named = {
         (k, site.path, site.row_axes): t.reshape(-1, *t.shape[len(site.shape) :])
         for site, tap in zip(step.sites, taps, strict=True)

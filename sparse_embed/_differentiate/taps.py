@@ -11,7 +11,7 @@ from sparse_embed._container import Listed, Part
 from sparse_embed._core import is_concrete, is_float, message, tuning, varying_axes
 from sparse_embed._differentiate.delayed import Leaf, whole
 from sparse_embed._differentiate.plan import Plan, Site
-from sparse_embed._differentiate.program import Program, Tables, find_tables, trace
+from sparse_embed._differentiate.program import Program, Tables, find_tables
 from sparse_embed._differentiate.read import Taps
 from sparse_embed._differentiate.rerun import rerun
 
@@ -26,12 +26,11 @@ def value_and_listed(
 ) -> Callable[..., tuple[Any, Any, list[Array]]]:
     """As `value_and_grad`, with a `Listed` for each table: repeats are not summed yet.
 
-    The function made also returns the largest arrays that it lays out: gradients of rows and, with
-    `lay_out`, the rows themselves.
+    The function made takes what `fun` was traced to before its arguments. It also returns the
+    largest arrays that it lays out: gradients of rows and, with `lay_out`, the rows themselves.
     """
 
-    def value_and_listed_fun(*args: Any, **kwargs: Any) -> Any:
-        program = trace(fun, argnums, args, kwargs)
+    def value_and_listed_fun(program: Program, *args: Any, **kwargs: Any) -> Any:
         first = _check_like_jax(fun, argnums, has_aux, program, args, kwargs)
         live = [i == first for i in range(len(program.jaxpr.outvars))]
         found, plan = find_tables(program, tables, live)
@@ -139,11 +138,7 @@ def _tap(site: Site, table: Array) -> Array:
 
 def _part(site: Site, ids: Array, rows: Array, features: tuple[int, ...]) -> Part:
     """What one site lists, flat."""
-    if site.bag is None:
-        ids = ids.reshape(1, -1)
-    else:
-        ids = jnp.moveaxis(ids, site.bag, 0)
-        ids = ids.reshape(ids.shape[0], -1)
+    ids = site.lines(ids)
     return Part(ids, rows.reshape(ids.shape[1], *features))
 
 

@@ -1,8 +1,9 @@
 """`touched` and `check_ids`: the rows a function reads, and whether they exist."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import checkify
@@ -44,15 +45,44 @@ def touched(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Callab
     argnums = argument_numbers(argnums, "se.touched(fun, argnums)")
 
     def touched_fun(*args: Any, **kwargs: Any) -> Any:
-        program = trace(fun, argnums, args, kwargs)
-        rows: list[Array | None] = [None] * len(program.leaves)
-        for leaf, read in _reads(program, "read").items():
-            num_rows = read[0][0].num_rows
-            ids = flat_indices(jnp.concatenate([i.reshape(-1) for _, i in read]), num_rows)
-            rows[leaf] = distinct(ids, num_rows, min(ids.size, num_rows)).indices
-        return program.treedef.unflatten(rows)
+        return rows_of(reads_of(trace(fun, argnums, args, kwargs)))
 
     return touched_fun
+
+
+class Reads(NamedTuple):
+    """All ids at which a function reads rows of one leaf."""
+
+    ids: list[Array]  # of each site, as in `Part.ids`
+    num_rows: int
+
+    @property
+    def indices(self) -> Array:
+        """`[n]` as of `flat_indices`, site after site."""
+        return flat_indices(jnp.concatenate([x.reshape(-1) for x in self.ids]), self.num_rows)
+
+
+def reads_of(program: Program) -> Any:
+    """As `touched` of a traced function, with `Reads` in place of distinct indices."""
+    found: list[Reads | None] = [None] * len(program.leaves)
+    for leaf, read in _reads(program, "read").items():
+        found[leaf] = Reads([site.lines(i) for site, i in read], read[0][0].num_rows)
+    return program.treedef.unflatten(found)
+
+
+def is_reads(x: Any) -> bool:
+    """`isinstance(x, Reads)`, to be given to `jax.tree.map(..., is_leaf=)`."""
+    return isinstance(x, Reads)
+
+
+def rows_of(found: Any) -> Any:
+    """A tree of `Reads` as one of distinct indices."""
+    return jax.tree.map(_distinct, found, is_leaf=is_reads)
+
+
+def _distinct(read: Reads) -> Array:
+    ids = read.indices
+    return distinct(ids, read.num_rows, min(ids.size, read.num_rows)).indices
 
 
 def check_ids(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Callable[..., None]:

@@ -144,7 +144,7 @@ class Walk:
         if read is not None and not is_view and not is_read_again(eqn, read, tags, then):
             found = self._read(eqn, read, tags, live[0])
             bag = read.summed_axis(then[0]) if then[0] else None
-            if bag is not None and tags[0].leaf and self.lists == "listed" and found.sites:
+            if bag is not None and tags[0].leaf and self.lists != "asked" and found.sites:
                 found.sites = [replace(found.sites[0], bag=bag)]
             return found, [Tag()]
         known = can_be_delayed(eqn) and (read is not None or name not in READS)

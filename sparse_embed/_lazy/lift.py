@@ -1,10 +1,12 @@
 """`lazy`: any row-separable optax transformation, at the cost of the rows touched."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
 import optax
+from jax import Array
 
 from sparse_embed._container import Listed, RowSparse, as_listed, is_row_sparse, unsummed
 from sparse_embed._core import (
@@ -63,6 +65,7 @@ class LazyTransformation(optax.GradientTransformationExtraArgs):
 
     apply: Callable[..., tuple[Any, LazyState]]
     listed_update: Callable[..., tuple[Any, LazyState]]
+    update_known: Callable[..., tuple[Any, LazyState]]  # of rows that were read before
 
 
 def lazy(
@@ -195,6 +198,17 @@ def lazy(
     ) -> tuple[Any, LazyState]:
         return run(updates, state, params, extra_args, APPLY)
 
+    def update_known_fn(
+        updates: Any, state: LazyState, params: Any, known: dict[int, Array], **extra_args: Any
+    ) -> tuple[Any, LazyState]:
+        job, leaves = prepared(updates, state, params)
+        job = replace(job, known=known, ascending=False)
+        given = jax.tree.leaves(params)
+        found, leaves, row_counts = run_update(job, leaves, given, state.row_counts, extra_args)
+        inner_state = job.layout.treedef.unflatten(leaves)
+        return jax.tree.unflatten(job.treedef, found), LazyState(inner_state, row_counts)
+
     tx = LazyTransformation(init_fn, update_fn)
     tx.apply, tx.listed_update = apply_fn, listed_update_fn
+    tx.update_known = update_known_fn
     return tx

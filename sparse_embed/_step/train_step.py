@@ -1,7 +1,6 @@
 """`train_step`: the usual training step, jitted and donated."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,11 +15,11 @@ from sparse_embed._core import (
     describe,
     message,
 )
-from sparse_embed._differentiate import gradients, touched, value_and_listed
+from sparse_embed._differentiate import gradients, trace, value_and_listed
 from sparse_embed._lazy import LazyState
 from sparse_embed._step.scratch import ScratchStep
 from sparse_embed._step.settle_reads import settle_reads
-from sparse_embed.exact import ExactState
+from sparse_embed.exact import ExactState, ExactTransformation
 
 
 class TrainStep:
@@ -86,16 +85,13 @@ def train_step(
     listing = value_and_listed(loss_fn, argnums, has_aux, lay_out=True)
     apply = getattr(tx, "apply", None)
 
-    settle = getattr(tx, "settle", None)
-    listed = touched(loss_fn, argnums)
-
-    def rows_read(args: tuple[Any, ...], params: Any) -> Any:
-        return listed(*_merge(numbers, params if several else (params,), args))
+    def given(params: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _merge(numbers, params if several else (params,), args)
 
     def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, list[Array]]:
-        if settle is not None:
-            read = partial(rows_read, args)
-            params, opt_state = settle_reads(settle, read, params, opt_state)
+        program, at_hand = trace(loss_fn, argnums, given(params, args), {}), None
+        if isinstance(tx, ExactTransformation):
+            params, at_hand = settle_reads(tx, program, params, opt_state)
         elif any(map(_is_exact, jax.tree.leaves(opt_state, is_leaf=_is_exact))):
             raise TypeError(
                 message(
@@ -106,10 +102,11 @@ def train_step(
                     "se.exact.replay(optax.partition(...))",
                 )
             )
-        given = _merge(numbers, params if several else (params,), args)
-        value, grads, laid_out = listing(*given)
+        value, grads, laid_out = listing(program.at(params), *given(params, args))
         loss = value[0] if has_aux else value
-        if apply is not None:  # update and application in one, repeats not yet summed
+        if at_hand is not None:
+            params, opt_state = tx.apply_at_hand(grads, at_hand, params, value=loss)
+        elif apply is not None:  # update and application in one, repeats not yet summed
             params, opt_state = apply(grads, opt_state, params, value=loss)
         else:
             updates, opt_state = _update(tx, gradients(grads), opt_state, params, loss)
@@ -119,12 +116,12 @@ def train_step(
     return TrainStep(step)
 
 
-def _merge(numbers: Sequence[int], params: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _merge(numbers: Sequence[int], params: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of the loss: `params` at `numbers`, `args` in the other places."""
     total = len(params) + len(args)
     own = dict(zip((n % total for n in numbers), params, strict=True))
     left = iter(args)
-    return [own[i] if i in own else next(left) for i in range(total)]
+    return tuple(own[i] if i in own else next(left) for i in range(total))
 
 
 def _update(

@@ -1,6 +1,6 @@
 """One update of an optax transformation over a tree that mixes dense leaves and tables."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -19,12 +19,16 @@ class Update:
     """What is updated.
 
     Where leaf k is a table, `grads[k]` is a coalesced `RowSparse`, or `Listed` for `_in_blocks`.
+    `known` has, for arrays with these ids, the rows that the gradient lists: read already, and
+    perhaps not those that the array holds. `ascending`: whether gradients list rows in that order.
     """
 
     inner: optax.GradientTransformationExtraArgs
     layout: StateLayout
     treedef: Any
     grads: list[Any]
+    known: dict[int, Array] = field(default_factory=dict)
+    ascending: bool = True
 
     @property
     def tables(self) -> dict[int, Any]:
@@ -149,11 +153,16 @@ def engine_of(
     """What runs the program on the touched rows."""
     same_trees(job, trees)
     tables = job.tables
+
+    def gather(k: int, x: Any) -> Array:
+        known = job.known.get(id(x))
+        return _gathered(jnp.asarray(x), tables[k].indices) if known is None else known
+
     return OnRows(
         {k: g.num_rows for k, g in tables.items()},
         {k: g.indices < g.num_rows for k, g in tables.items()},
         [*program[1], *state, *(params or [])],
-        lambda k, x: _gathered(jnp.asarray(x), tables[k].indices),
+        gather,
     )
 
 
@@ -185,15 +194,17 @@ def _as_update(job: Update, engine: OnRows, k: int, value: Any) -> Any:
     rows = engine.block(value, k, grad.rows.shape[0])
     if isinstance(rows, Refused):
         raise ValueError(refusal(rows.reason))
-    real = engine.real[k].reshape(-1, *(1,) * (grad.ndim - 1))
-    return RowSparse._make(grad.indices, jnp.where(real, rows, 0), grad.shape, True)
+    if not job.known:  # else nobody looks at padding
+        real = engine.real[k].reshape(-1, *(1,) * (grad.ndim - 1))
+        rows = jnp.where(real, rows, 0)
+    return RowSparse._make(grad.indices, rows, grad.shape, True)
 
 
 def _as_state(job: Update, engine: OnRows, i: int, old: Any, held: Any, new: Any) -> Any:
     table = job.layout.table[i]
     if table not in job.tables:
         return as_array(new, job.layout.shapes[i].shape)
-    if new is old or new is held:
+    if (new is old or new is held) and id(old) not in job.known:
         return old
     grad = job.tables[table]
     rows = engine.block(new, table, grad.rows.shape[0])
@@ -203,7 +214,7 @@ def _as_state(job: Update, engine: OnRows, i: int, old: Any, held: Any, new: Any
     # where the new rows are not made of the old ones; else XLA would copy the whole leaf first.
     real = engine.real[table].reshape(-1, *(1,) * (rows.ndim - 1))
     rows = jnp.where(real, rows.astype(old.dtype), held.block)
-    return set_rows(jnp.asarray(old), grad.indices, rows)
+    return set_rows(jnp.asarray(old), grad.indices, rows, job.ascending)
 
 
 def as_array(value: Any, shape: tuple[int, ...]) -> Any:

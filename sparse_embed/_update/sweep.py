@@ -20,34 +20,21 @@ from sparse_embed._container import (
     blocks,
     distinct,
     each_block,
-    first_seen,
-    first_seen_of_each,
+    hashable,
+    slots_of_each,
 )
 from sparse_embed._core import tuning
-
-TOGETHER = 1 << 17  # ids of several tables told apart at once: their scratch stays in the caches
 
 
 def sweeps(grads: dict[int, Listed | RowSparse], ascending: Collection[int]) -> dict[int, "Sweep"]:
     """A sweep for each table. Tables of which as many rows are listed are prepared together."""
-    alike: dict[int, list[int]] = {}
-    for k, grad in grads.items():
-        if isinstance(grad, Listed) and k not in ascending and _hashable(grad):
-            alike.setdefault(grad.indices.size, []).append(k)
-    found: dict[int, Slots] = {}
-    for n, own in alike.items():
-        size = max(TOGETHER // n, 1)
-        for tables in (own[i : i + size] for i in range(0, len(own), size)):
-            heights = [grads[k].num_rows for k in tables]
-            if len(tables) > 1 and sum(heights) + len(tables) < 2**31:
-                indices = jnp.stack([grads[k].indices for k in tables])
-                each = first_seen_of_each(indices, heights)
-                found |= dict(zip(tables, each, strict=True))
+    own = {
+        k: g.indices
+        for k, g in grads.items()
+        if isinstance(g, Listed) and k not in ascending and hashable(g.indices)
+    }
+    found = slots_of_each(own, {k: grads[k].num_rows for k in own})
     return {k: Sweep(g, k in ascending, found.get(k)) for k, g in grads.items()}
-
-
-def _hashable(grad: Listed | RowSparse) -> bool:
-    return grad.indices.size > 0 and grad.indices.dtype == jnp.int32
 
 
 class Sweep:
@@ -82,10 +69,11 @@ class Sweep:
             self.count = jnp.sum(grad.indices < self.num_rows, dtype=jnp.int32)
             return
         n = grad.indices.size
-        self.ascending = ascending or not _hashable(grad)
-        if slots is None:
-            found = distinct if self.ascending else first_seen
-            slots = found(grad.indices, self.num_rows, n)
+        self.ascending = ascending or not hashable(grad.indices)
+        if slots is None and self.ascending:
+            slots = distinct(grad.indices, self.num_rows, n)
+        elif slots is None:
+            slots = slots_of_each({0: grad.indices}, {0: self.num_rows})[0]
         self.slot, indices, self.count = slots
         row_bytes = grad.dtype.itemsize * prod(grad.shape[1:])
         self.window = tuning.window_rows(n, row_bytes)

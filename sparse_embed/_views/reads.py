@@ -10,6 +10,7 @@ from jax import Array
 from jax.lax import GatherScatterMode
 
 from sparse_embed._core import Axes, JaxprEqn
+from sparse_embed._views.view import taken
 
 # What happens at an id outside the table, (value, gradient):
 FILL = "fill"  # (fill value, dropped): `jnp.take`
@@ -147,7 +148,11 @@ class RowRead(NamedTuple):
         safe, listed = (jnp.moveaxis(x, axis, 0) for x in (ids.safe[0], ids.listed))
         fill = self.eqn.params.get("fill_value") if self.mode == FILL else None
         for column, inside in zip(safe, listed < self.num_rows, strict=True):
-            rows = table.at[column].get(mode="promise_in_bounds")
+            if column.size == 1:  # see `gather_rows`
+                rows = taken(table, (0,), (column.reshape(1),))
+                rows = rows.reshape(*column.shape, *table.shape[1:])
+            else:
+                rows = table.at[column].get(mode="promise_in_bounds")
             if fill == 0:
                 rows = jnp.where(self._over_features(inside), rows, 0)
             total = total + rows

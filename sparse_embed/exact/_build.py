@@ -12,7 +12,7 @@ from sparse_embed._core import check_scalar, describe, is_concrete, message
 from sparse_embed.exact._closed_form import ClosedForm
 from sparse_embed.exact._ledger import Constant
 from sparse_embed.exact._rest import Rest
-from sparse_embed.exact._transform import ExactTransformation
+from sparse_embed.exact._transform import ExactTransformation, transformation
 
 ScalarOrSchedule = ArrayLike | Callable[[Any], Any]
 
@@ -54,7 +54,7 @@ def build(
     decay = None if is_zero(weight_decay) else _schedule(weight_decay)
     rate = _schedule(learning_rate)
     chosen = partial(_mask, mask)
-    return ClosedForm(name, core, before, rest, rate, decay, chosen).transformation()
+    return transformation(ClosedForm(name, core, before, rest, rate, decay, chosen))
 
 
 def decayed(

@@ -12,7 +12,7 @@ CHUNK = 256  # rows that are summed term by term at a time
 
 
 def catch_up(
-    rest: Rest, ledger: Ledger, counts: Counts, block: Block
+    rest: Rest, ledger: Ledger, counts: Counts, block: Block, every_term: bool = False
 ) -> tuple[Array, dict[str, Array]]:
     """Some rows and their state after the steps that they missed.
 
@@ -21,6 +21,8 @@ def catch_up(
       ledger: the sums of their table.
       counts: those of the present.
       block: the rows.
+      every_term: whether the terms of all rows are summed one by one, if they are of any: slower,
+        and less to compile.
 
     Returns:
       The rows and their state, in the dtypes that they came in.
@@ -36,8 +38,12 @@ def catch_up(
     new = w.astype(ledger.dtype)
     if ledger.decay is not None:
         new = new * sums.decay
-    shift = rest.shift(wide, gap, sums)
-    if shift is not None:
+    longest = rest.longest()
+    shift = None if every_term and longest else rest.shift(wide, gap, sums)
+    if every_term and longest:
+        last = jnp.minimum(jnp.max(missed), terms(longest, ledger.dtype))
+        new = new - _sum(rest, ledger, counts, wide, missed, last) * sums.decay
+    elif shift is not None:
         inexact = rest.inexact(wide, gap, sums)
         if inexact is not None:
             needy = jnp.any(inexact.reshape(inexact.shape[0], -1), axis=1)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ from sparse_embed._lazy import moved_without_gradient
 from sparse_embed._update import state_layout
 from sparse_embed.exact._catch_up import catch_up
 from sparse_embed.exact._ledger import Counts, Kernel, Ledger, Schedule
+from sparse_embed.exact._optimizer import Exact
 from sparse_embed.exact._rest import Rest
 from sparse_embed.exact._state import counts, moments, with_moments
 from sparse_embed.exact._table import Table
-from sparse_embed.exact._transform import Exact
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,24 @@ class ClosedForm(Exact):
         with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         made = counts(self._core_of(inner_state), step, treedef)
         masks = jax.tree.leaves(self.mask(params))
-        found = {}
+        found, alike = {}, dict[Any, Table]()
         for k, ((path, leaf), mask) in enumerate(zip(with_paths, masks, strict=True)):
             decay = self.decay if mask else None
             floats = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
             if jnp.ndim(leaf) and floats and (self.rest.fields or decay):
                 dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-                rest = self.rest.rounded(dtype)
-                ledger = Ledger(self.rate, decay, rest.drifts, rest.kernels(), dtype)
-                own = partial(catch_up, rest, ledger, made)
-                marked = partial(_mark, rest, ledger, made)
-                found[k] = Table(path_name(path), own, ledger, marked, step, made)
+                key = dtype, decay is None
+                alike[key] = alike.get(key) or self._table(dtype, decay, step, made)
+                found[k] = dataclasses.replace(alike[key], name=path_name(path))
         return found
+
+    def _table(self, dtype: Any, decay: Schedule | None, step: Array, made: Counts) -> Table:
+        """What tables of one dtype share: how they catch up, and sums of the steps to come."""
+        rest = self.rest.rounded(dtype)
+        ledger = Ledger(self.rate, decay, rest.drifts, rest.kernels(), dtype)
+        own = partial(catch_up, rest, ledger, made)
+        ahead = cache(partial(_ahead, rest, ledger, made))
+        return Table("", own, partial(own, every_term=True), ledger, ahead, step, made)
 
     def held(self, params: Any, inner_state: Any) -> list[dict[str, Array]]:
         leaves, treedef = jax.tree.flatten(params)
@@ -110,12 +116,13 @@ class ClosedForm(Exact):
         return inner_state if self.before is None else inner_state[1]
 
 
-def _mark(rest: Rest, ledger: Ledger, made: Counts, ahead: int) -> Array:
-    """Sums of steps to come, and the numbers of the optimizer."""
+def _ahead(rest: Rest, ledger: Ledger, made: Counts, steps: int) -> tuple[Array, Array]:
+    """Sums of the steps to come, so many steps from now; and these and the optimizer's numbers."""
     longest = rest.longest()
     kernels = rest.kernels()
     if longest is not None:
         kernels = (*kernels, Kernel(min(longest, 0.999), jnp.ones_like))
     watched = dataclasses.replace(ledger, kernels=kernels)
     numbers = jnp.asarray(rest.numbers(), ledger.dtype)
-    return jnp.concatenate([watched.tails(made.ahead(ahead)), numbers])
+    sums = watched.tails(made.ahead(steps))
+    return sums[: len(ledger.kernels)], jnp.concatenate([sums, numbers])

@@ -112,12 +112,12 @@ class Ledger:
     def _running(self) -> int:
         return (self.decay is not None) + self.drifts
 
-    def start(self, counts: Counts) -> Array:
+    def start(self, tails: Array) -> Array:
         """The sums before the first step, `[k]`."""
-        return jnp.concatenate([jnp.zeros(2 * self._running, self.dtype), self.tails(counts)])
+        return jnp.concatenate([jnp.zeros(2 * self._running, self.dtype), tails])
 
-    def advance(self, sums: Array, counts: Counts) -> Array:
-        """The sums one step later; `counts` are those before the step."""
+    def advance(self, sums: Array, counts: Counts, tails: Array) -> Array:
+        """The sums one step later; `counts` are those before the step, `tails` those after it."""
         eta, shrunk = self.rates(counts)
         heads: list[Array] = []
         if self.decay is not None:
@@ -125,7 +125,7 @@ class Ledger:
         if self.drifts:
             i = len(heads)
             heads += _two_sum(sums[i], sums[i + 1], eta - shrunk * sums[i])
-        return jnp.concatenate([jnp.asarray(heads, self.dtype), self.tails(counts.ahead(1))])
+        return jnp.concatenate([jnp.asarray(heads, self.dtype), tails])
 
     def tails(self, counts: Counts) -> Array:
         """`M_i` for each kernel, `[number of kernels]`."""
@@ -146,10 +146,10 @@ class Ledger:
 
         Args:
           then: `[u, k]`, the sums that the rows keep.
-          now: `[k]`, those of the present.
+          now: `[k]`, those of the present, or `[u, k]` of each row's table.
           n: `[u]` floats, lengths of the gaps.
         """
-        parts = [now[i] - then[:, i] for i in range(2 * self._running)]
+        parts = [now[..., i] - then[:, i] for i in range(2 * self._running)]
         pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts), 2)]
         log_decay = pairs.pop(0) if self.decay is not None else jnp.zeros_like(n)
         decay = jnp.exp(log_decay)
@@ -159,7 +159,7 @@ class Ledger:
             drift = pairs.pop(0) - jnp.expm1(log_decay) * head
         first = 2 * self._running
         kernels = tuple(
-            decay * then[:, first + i] - power(ratio, n) * now[first + i]
+            decay * then[:, first + i] - power(ratio, n) * now[..., first + i]
             for i, (ratio, _) in enumerate(self.kernels)
         )
         return Between(decay, drift, kernels)

@@ -1,7 +1,7 @@
 """`replay`: any row-separable optimizer, exactly, by making the steps that rows missed."""
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ from jax import Array
 from sparse_embed._core import describe, message, path_name, while_tracing
 from sparse_embed._update import StateLayout, check_state, state_layout
 from sparse_embed.exact._ledger import Constant, Counts, Ledger
+from sparse_embed.exact._optimizer import Exact
 from sparse_embed.exact._rest_step import Program, RestStep, program_of
 from sparse_embed.exact._table import Block, Table
-from sparse_embed.exact._transform import Exact, ExactTransformation
+from sparse_embed.exact._transform import ExactTransformation, transformation
 
 
 def replay(inner: optax.GradientTransformation) -> ExactTransformation:
@@ -55,7 +56,7 @@ def replay(inner: optax.GradientTransformation) -> ExactTransformation:
                 "se.exact.replay(optax.adan(1e-3))",
             )
         )
-    return Replay(optax.with_extra_args_support(inner)).transformation()
+    return transformation(Replay(optax.with_extra_args_support(inner)))
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class Replay(Exact):
         found = {}
         for k in self._rows_of(program, leaves, layout):
             own = RestStep(program, leaves, layout, state, k)
-            catch_up, marked = partial(_catch_up, own), partial(_mark, own)
+            catch_up, ahead = partial(_catch_up, own), cache(partial(_ahead, own))
             name = path_name(with_paths[k][0])
-            found[k] = Table(name, catch_up, none, marked, step, counts)
+            found[k] = Table(name, catch_up, catch_up, none, ahead, step, counts)
         return found
 
     def held(self, params: Any, inner_state: Any) -> list[dict[str, Array]]:
@@ -155,12 +156,13 @@ def _catch_up(one_step: RestStep, block: Block) -> tuple[Array, dict[str, Array]
     return jax.lax.fori_loop(0, longest, step, (block.w, block.moments))
 
 
-def _mark(one_step: RestStep, ahead: int) -> Array:
-    """What the next step does to a made-up row: another optimizer would do something else."""
+def _ahead(one_step: RestStep, steps: int) -> tuple[Array, Array]:
+    """No sums; and what the next step does to a made-up row, as no other optimizer would."""
     w, own = _made_up_rows(one_step, 1)
-    new, after = one_step(jnp.arange(1), w, own, jnp.int32(-ahead))
+    new, after = one_step(jnp.arange(1), w, own, jnp.int32(-steps))
     numbers = [new - w, *jax.tree.leaves(after)]
-    return jnp.stack([jnp.mean(x.astype(jnp.float32)) for x in numbers])
+    mark = jnp.stack([jnp.mean(x.astype(jnp.float32)) for x in numbers])
+    return jnp.zeros(0, jnp.float32), mark
 
 
 def _refuse_accumulators(inner_state: Any) -> None:

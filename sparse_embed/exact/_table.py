@@ -1,14 +1,15 @@
 """One table under an exact optimizer: rows brought up to date, clocks moved on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container import RowSparse, gather_rows, nan_where, set_rows
+from sparse_embed._container import RowSparse, clipped_rows, gather_rows, nan_where, set_rows
 from sparse_embed._core import is_concrete, message
 from sparse_embed.exact._ledger import Counts, Ledger
 from sparse_embed.exact._state import RowClock, behind, new_clock
@@ -25,9 +26,11 @@ class Block:
     indices: Array
     w: Array
     moments: dict[str, Array]
+    last: Array  # int32, the step up to which each row was brought
     missed: Array  # int32 steps; where 0 nothing is to change
     then: Array  # [u, k] the sums that the rows keep
-    now: Array  # [k] the sums of the present
+    now: Array  # [k] the sums of the present, or [u, k] where rows are of several tables
+    ascending: bool = True  # whether `indices` are
 
 
 CatchUp = Callable[[Block], tuple[Array, dict[str, Array]]]
@@ -39,64 +42,60 @@ class Table:
 
     Args:
       name: as the user would write the leaf, for messages.
-      catch_up: the rows of a block and their moments after the steps that they missed.
+      catch_up: the rows of a block and their moments after the steps that they missed. Equal for
+        tables whose rows may share a block.
+      catch_up_whole: the same for a leaf that a step uses whole: fewer operations to compile.
       ledger: its running sums.
-      marked: numbers by which another optimizer is told from this one, so many steps ahead.
+      ahead: so many steps from now, sums of the steps to come, and the numbers by which another
+        optimizer is told from this one.
       step: `[]` int32, steps made.
       counts: the counts of the inner state at this step.
     """
 
     name: str
     catch_up: CatchUp
+    catch_up_whole: CatchUp
     ledger: Ledger
-    marked: Callable[[int], Array]
+    ahead: Callable[[int], tuple[Array, Array]]
     step: Array
     counts: Counts
 
-    def settled_rows(self, indices: Array, held: Held) -> Held:
-        """Brings the rows at ascending, distinct `indices` up to date; others stay as they are."""
+    def gathered(self, indices: Array, held: Held, ascending: bool) -> Block:
+        """The rows at `indices`, as they are; in place of padding the last row, up to date."""
         w, moments, clock = held
-        if not indices.size:
-            return held
-        new, after, last, sums = self._listed(indices, held)
-        return (
-            set_rows(w, indices, new),
-            {name: set_rows(x, indices, after[name]) for name, x in moments.items()},
-            RowClock(
-                set_rows(clock.last_step, indices, last),
-                set_rows(clock.sums, indices, sums),
-                clock.now,
-                clock.mark,
-            ),
-        )
-
-    def view(self, indices: Array, held: Held) -> Array:
-        """The rows at `indices` as if they were settled, `[n, *features]`."""
-        return self._listed(indices, held)[0]
-
-    def _listed(self, indices: Array, held: Held) -> tuple[Array, dict[str, Array], Array, Array]:
-        """The rows at `indices`, their moments, last steps and sums, as of the present."""
-        w, moments, clock = held
-        real = indices < w.shape[0]
-        last, then = gather_rows(clock.last_step, indices), gather_rows(clock.sums, indices)
-        block = Block(
+        read = partial(clipped_rows, indices=indices)
+        last = read(clock.last_step)
+        return Block(
             indices,
-            gather_rows(w, indices),
-            {name: gather_rows(x, indices) for name, x in moments.items()},
-            jnp.where(real, behind(self.step, last), 0),
-            then,
+            read(w),
+            {name: read(x) for name, x in moments.items()},
+            last,
+            jnp.where(indices < w.shape[0], behind(self.step, last), 0),
+            read(clock.sums),
             clock.now,
+            ascending,
         )
-        agrees = self.agrees(clock)
-        new, after = self.catch_up(block)
+
+    def settled_block(
+        self, block: Block, caught_up: tuple[Array, dict[str, Array]], num_rows: int, agrees: Array
+    ) -> Block:
+        """The block as of the present, with what `catch_up` made of it."""
+        new, moments = caught_up
         # What padding writes is dropped. The old values make each write wait for its read; else
         # XLA would copy the whole array first.
-        last = jnp.where(real, self.step, last)
-        return nan_where(~agrees, new), after, last, jnp.where(real[:, None], clock.now, then)
+        real = block.indices < num_rows
+        return replace(
+            block,
+            w=nan_where(~agrees, new),
+            moments=moments,
+            last=jnp.where(real, self.step, block.last),
+            then=jnp.where(real[:, None], block.now, block.then),
+        )
 
     def start(self, num_rows: int) -> RowClock:
         """The clock of rows that are all up to date."""
-        return new_clock(num_rows, self.step, self.ledger.start(self.counts), self.marked(0))
+        tails, mark = self.ahead(0)
+        return new_clock(num_rows, self.step, self.ledger.start(tails), _own(mark))
 
     def settled(self, held: Held) -> Held:
         """Brings all rows up to date, a block of rows at a time; nothing, if they all are."""
@@ -104,26 +103,51 @@ class Table:
         size = min(BLOCK, num_rows)
         if not size:
             return held
+        agrees = self.agrees(held[2])
 
-        def block(number: Array, held: Held) -> Held:
+        def some(number: Array, held: Held) -> Held:
             # Indices beyond the last row are padding.
-            return self.settled_rows(number * size + jnp.arange(size), held)
+            block = self.gathered(number * size + jnp.arange(size), held, True)
+            return written(self.settled_block(block, self.catch_up(block), num_rows, agrees), held)
 
-        late = jnp.any(held[2].last_step != self.step)
-        return jax.lax.fori_loop(0, jnp.where(late, -(-num_rows // size), 0), block, held)
+        return jax.lax.fori_loop(
+            0, jnp.where(self._late(held), -(-num_rows // size), 0), some, held
+        )
+
+    def settled_whole(self, held: Held) -> Held:
+        """Brings a leaf up to date that a step uses whole; nothing, if all its rows are."""
+        num_rows = held[0].shape[0]
+        if not num_rows:
+            return held
+        agrees = self.agrees(held[2])
+
+        def all_rows(_: Array, held: Held) -> Held:
+            w, moments, clock = held
+            missed = behind(self.step, clock.last_step)
+            block = Block(
+                jnp.arange(num_rows), w, moments, clock.last_step, missed, clock.sums, clock.now
+            )
+            block = self.settled_block(block, self.catch_up_whole(block), num_rows, agrees)
+            return _put(block, held, lambda x, rows: rows.astype(x.dtype))
+
+        # A branch that is taken or not; but in a loop all arrays are sure to stay in place.
+        return jax.lax.fori_loop(0, self._late(held).astype(jnp.int32), all_rows, held)
+
+    def _late(self, held: Held) -> Array:
+        return jnp.any(held[2].last_step != self.step)
 
     def advanced(self, update: Any, clock: RowClock) -> tuple[Any, RowClock]:
         """The update of one step with rows that are behind made NaN, and the clock after it."""
         clock = jax.tree.map(jnp.asarray, clock)
         agrees, step = self.agrees(clock), self.step + 1
         raise_if_other(self.name, agrees)
-        now = nan_where(~agrees, self.ledger.advance(clock.now, self.counts))
+        now, mark = self.next_sums(clock, agrees)
         if not isinstance(update, RowSparse):
             late = behind(self.step, clock.last_step) != 0
             self._check_late(late)
             late = late.reshape(-1, *(1,) * (update.ndim - 1)) | ~agrees
             sums = jnp.broadcast_to(now, clock.sums.shape)
-            clock = RowClock(jnp.full_like(clock.last_step, step), sums, now, self.marked(1))
+            clock = RowClock(jnp.full_like(clock.last_step, step), sums, now, mark)
             return jnp.where(late, jnp.nan, update), clock
         indices = update.indices
         real, last = indices < update.num_rows, gather_rows(clock.last_step, indices)
@@ -136,13 +160,31 @@ class Table:
             set_rows(clock.last_step, indices, jnp.where(real, step, last)),
             set_rows(clock.sums, indices, sums),
             now,
-            self.marked(1),
+            mark,
         )
         return RowSparse._make(indices, rows, update.shape, True), clock
 
+    def advanced_block(self, block: Block, clock: RowClock) -> RowClock:
+        """The clock after a step that moved the rows of a settled block."""
+        now, mark = self.next_sums(clock, self.agrees(clock))
+        real = block.indices < clock.last_step.shape[0]
+        last = jnp.where(real, self.step + 1, block.last)
+        sums = jnp.where(real[:, None], now, block.then)
+        return RowClock(
+            set_rows(clock.last_step, block.indices, last, block.ascending),
+            set_rows(clock.sums, block.indices, sums, block.ascending),
+            now,
+            mark,
+        )
+
+    def next_sums(self, clock: RowClock, agrees: Array) -> tuple[Array, Array]:
+        """The sums and the mark of the table one step later."""
+        tails, mark = self.ahead(1)
+        return nan_where(~agrees, self.ledger.advance(clock.now, self.counts, tails)), _own(mark)
+
     def agrees(self, clock: RowClock) -> Array:
         """Whether the clock is of this optimizer, its schedules and numbers: `[]` bool."""
-        mark = self.marked(0)
+        _, mark = self.ahead(0)
         shapes = jnp.shape(clock.mark), jnp.shape(clock.now)
         if shapes != (mark.shape, (self.ledger.size,)):
             raise ValueError(_other(self.name))
@@ -158,6 +200,27 @@ class Table:
                     "batch)) before the gradient is taken, or se.train_step, which does so",
                 )
             )
+
+
+def _own(mark: Array) -> Array:
+    """An array for this table alone, as each leaf of a state may be donated."""
+    return jnp.array(mark) if is_concrete(mark) else mark
+
+
+def written(block: Block, held: Held) -> Held:
+    """The table, its moments and its clock with the rows of a settled block written."""
+    return _put(block, held, lambda x, rows: set_rows(x, block.indices, rows, block.ascending))
+
+
+def _put(block: Block, held: Held, put: Callable[[Array, Array], Array]) -> Held:
+    w, moments, clock = held
+    return (
+        put(w, block.w),
+        {name: put(x, block.moments[name]) for name, x in moments.items()},
+        RowClock(
+            put(clock.last_step, block.last), put(clock.sums, block.then), clock.now, clock.mark
+        ),
+    )
 
 
 def raise_if_other(name: str, agrees: Array) -> None:

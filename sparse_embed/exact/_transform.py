@@ -1,31 +1,17 @@
-"""What all exact optimizers share: init, settle, update, conversion."""
+"""The transformation that users hold: init, update, settle, view, conversion."""
 
-import abc
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax import Array
 
-from sparse_embed._container import distinct, flat_indices, gather_rows, is_row_sparse
-from sparse_embed._core import ask_for_huge_pages, is_concrete, signature
-from sparse_embed._lazy import LazyState, LazyTransformation, lazy
-from sparse_embed.exact._checks import (
-    check_dense_state,
-    check_finite,
-    check_forms,
-    check_rows,
-    check_settled,
-    check_state,
-    clocks_of,
-    ids_of,
-)
-from sparse_embed.exact._state import ExactState, new_clock
-from sparse_embed.exact._table import Table, raise_if_other
+from sparse_embed.exact._at_hand import AtHand, apply_at_hand, settle_at_hand
+from sparse_embed.exact._checks import check_state
+from sparse_embed.exact._optimizer import Exact
+from sparse_embed.exact._state import ExactState
+from sparse_embed.exact._table import raise_if_other
 
 
 class ExactTransformation(optax.GradientTransformationExtraArgs):
@@ -62,168 +48,31 @@ class ExactTransformation(optax.GradientTransformationExtraArgs):
     view: Callable[[Any, ExactState, Any], Any]
     from_dense: Callable[[Any, Any], ExactState]
     to_dense: Callable[[Any, ExactState], tuple[Any, Any]]
+    settle_at_hand: Callable[..., tuple[Any, AtHand]]  # these two are how a `train_step` goes
+    apply_at_hand: Callable[..., tuple[Any, ExactState]]
 
 
-class Exact(abc.ABC):
-    """Init, settle and update of an exact optimizer, but for how rows catch up."""
+def transformation(exact: Exact) -> ExactTransformation:
+    """What users call, of an exact optimizer."""
+    tx = ExactTransformation(exact.init, exact.update)
+    settle = jax.jit(exact.settle, static_argnames="coalesced")
 
-    @property
-    @abc.abstractmethod
-    def inner(self) -> optax.GradientTransformation:
-        """The dense optimizer."""
+    def checked(
+        params: Any, opt_state: ExactState, ids: Any = None, *, coalesced: bool = False
+    ) -> tuple[Any, ExactState]:
+        check_state("tx.settle(params, opt_state)", opt_state)
+        params, opt_state, agreeing = settle(params, opt_state, ids, coalesced=coalesced)
+        for name, agrees in agreeing.items():
+            raise_if_other(name, agrees)
+        return params, opt_state
 
-    @functools.cached_property
-    def on_touched(self) -> LazyTransformation:
-        """The dense optimizer on touched rows, which do not catch up by themselves."""
-        return lazy(self.inner)
+    def to_dense(params: Any, opt_state: ExactState) -> tuple[Any, Any]:
+        params, opt_state = checked(params, opt_state)
+        return params, opt_state.inner_state
 
-    @abc.abstractmethod
-    def tables(self, params: Any, inner_state: Any, step: Array) -> dict[int, Table]:
-        """The leaves on which something happens in a gap."""
-
-    @abc.abstractmethod
-    def held(self, params: Any, inner_state: Any) -> list[dict[str, Array]]:
-        """For each leaf of the parameters the arrays of the state that hold its rows."""
-
-    @abc.abstractmethod
-    def with_held(self, params: Any, inner_state: Any, held: list[dict[str, Array]]) -> Any:
-        """The state with these arrays put in."""
-
-    @abc.abstractmethod
-    def check(self, params: Any) -> None:
-        """Raises where the optimizer cannot be exact for these parameters."""
-
-    def transformation(self) -> ExactTransformation:
-        tx = ExactTransformation(self.init, self.update)
-        settle = jax.jit(self.settle, static_argnames="coalesced")
-
-        def checked(
-            params: Any, opt_state: ExactState, ids: Any = None, *, coalesced: bool = False
-        ) -> tuple[Any, ExactState]:
-            check_state("tx.settle(params, opt_state)", opt_state)
-            params, opt_state, agreeing = settle(params, opt_state, ids, coalesced=coalesced)
-            for name, agrees in agreeing.items():
-                raise_if_other(name, agrees)
-            return params, opt_state
-
-        def to_dense(params: Any, opt_state: ExactState) -> tuple[Any, Any]:
-            params, opt_state = checked(params, opt_state)
-            return params, opt_state.inner_state
-
-        tx.settle, tx.view = checked, self.view
-        tx.from_dense = self.from_dense
-        tx.to_dense = to_dense
-        return tx
-
-    def init(self, params: Any) -> ExactState:
-        key = signature(params)
-        known = self._first_sums.get(key)
-        if known is None:
-            self.check(params)
-        inner_state = self.on_touched.init(params).inner_state
-        state = self._started(params, inner_state, known or {})
-        concrete = is_concrete(*jax.tree.leaves(state.clocks))
-        if known is None and key is not None and concrete and jax.tree.leaves(params):
-            clocks = _flat(params)[1].flatten_up_to(state.clocks)
-            self._first_sums[key] = {
-                k: (np.asarray(clock.now), np.asarray(clock.mark))
-                for k, clock in enumerate(clocks)
-                if clock is not None
-            }
-        return state
-
-    def from_dense(self, params: Any, inner_state: Any) -> ExactState:
-        check_dense_state(self.inner, params, inner_state)
-        return self._started(params, inner_state, {})
-
-    @functools.cached_property
-    def _first_sums(self) -> dict[Any, dict[int, Any]]:
-        """For parameters of known shapes, the sums and the mark of each table at its first step."""
-        return {}
-
-    def _started(self, params: Any, inner_state: Any, known: dict[int, Any]) -> ExactState:
-        step = jnp.zeros((), jnp.int32)
-        leaves, treedef = _flat(params)
-        made: list[Any] = [None] * len(leaves)
-        if known:
-            for k, sums in known.items():
-                made[k] = new_clock(jnp.shape(leaves[k])[0], step, *sums)
-        else:
-            for k, table in self.tables(params, inner_state, step).items():
-                made[k] = table.start(jnp.shape(leaves[k])[0])
-                check_finite(table.name, made[k].now)
-        ask_for_huge_pages(made)
-        if (
-            not leaves
-        ):  # `optax.tree.map_params` asks: one leaf, which is no parameter, for them all
-            return ExactState(inner_state, step, jnp.zeros((), jnp.int32))
-        return ExactState(inner_state, step, treedef.unflatten(made))
-
-    def settle(
-        self, params: Any, state: ExactState, ids: Any = None, *, coalesced: bool = False
-    ) -> tuple[Any, ExactState, dict[str, Array]]:
-        """Also returns, for each table, whether the state is of this optimizer's schedules."""
-        leaves, treedef = _flat(params)
-        clocks = clocks_of(treedef, state)
-        held = self.held(params, state.inner_state)
-        listed = None if ids is None else ids_of(treedef, ids)
-        agreeing = {}
-        for k, table in self.tables(params, state.inner_state, state.step).items():
-            check_rows(table.name, leaves[k], clocks[k])
-            agreeing[table.name] = table.agrees(clocks[k])
-            own = leaves[k], held[k], clocks[k]
-            if listed is None or listed[k] is None:
-                own = table.settled(own)
-            else:
-                rows = jnp.shape(leaves[k])[0]
-                indices = listed[k] if coalesced else _distinct(listed[k], rows)
-                own = table.settled_rows(indices, own)
-            leaves[k], held[k], clocks[k] = own
-        inner_state = self.with_held(params, state.inner_state, held)
-        settled = ExactState(inner_state, state.step, treedef.unflatten(clocks)).as_settled()
-        return treedef.unflatten(leaves), settled, agreeing
-
-    def view(self, params: Any, state: ExactState, ids: Any) -> Any:
-        check_state("tx.view(params, opt_state, ids)", state)
-        leaves, treedef = _flat(params)
-        clocks = clocks_of(treedef, state)
-        held = self.held(params, state.inner_state)
-        tables = self.tables(params, state.inner_state, state.step)
-        found: list[Any] = [None] * len(leaves)
-        for k, listed in enumerate(ids_of(treedef, ids)):
-            if listed is None:
-                continue
-            num_rows, *features = jnp.shape(leaves[k])
-            flat = flat_indices(listed, num_rows).reshape(-1)
-            rows = gather_rows(leaves[k], flat, None)
-            if k in tables:
-                settled = tables[k].view(flat, (leaves[k], held[k], clocks[k]))
-                outside = (flat == num_rows).reshape(-1, *(1,) * len(features))
-                rows = jnp.where(outside, rows, settled)
-            found[k] = rows.reshape(*jnp.shape(listed), *features)
-        return treedef.unflatten(found)
-
-    def update(self, grads: Any, state: ExactState, params: Any = None, **extra: Any) -> Any:
-        check_state("tx.update(grads, opt_state, params)", state)
-        if any(map(is_row_sparse, _flat(grads)[0])):
-            check_forms(grads)
-            check_settled(state)
-        old = LazyState(state.inner_state, {})
-        updates, new = self.on_touched.listed_update(grads, old, params, **extra)
-        leaves, treedef = _flat(updates)
-        clocks = treedef.flatten_up_to(state.clocks)
-        shapes = [jax.ShapeDtypeStruct(jnp.shape(u), jnp.result_type(u)) for u in leaves]
-        like = treedef.unflatten(shapes) if params is None else params
-        for k, table in self.tables(like, state.inner_state, state.step).items():
-            leaves[k], clocks[k] = table.advanced(leaves[k], clocks[k])
-        clocked = ExactState(new.inner_state, state.step + 1, treedef.unflatten(clocks))
-        return treedef.unflatten(leaves), clocked
-
-
-def _flat(tree: Any) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(tree, is_leaf=is_row_sparse)
-
-
-def _distinct(ids: Any, num_rows: int) -> Array:
-    ids = flat_indices(ids, num_rows).reshape(-1)
-    return distinct(ids, num_rows, min(ids.size, num_rows)).indices
+    tx.settle, tx.view = checked, exact.view
+    tx.from_dense = exact.from_dense
+    tx.to_dense = to_dense
+    tx.settle_at_hand = partial(settle_at_hand, exact)
+    tx.apply_at_hand = partial(apply_at_hand, exact)
+    return tx

@@ -188,8 +188,22 @@ def test_a_gap(name, dtype):
     assert [m for m in misses(name, dtype) if m[2:4] not in known][:3] == []
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="see KNOWN")
-@pytest.mark.parametrize("name, dtype, cases, why", KNOWN)
+# How XLA fuses the sums of the first case decides whether their rounding cancels: on jax 0.12 it
+# does not, on 0.10.2 it does.
+@pytest.mark.parametrize(
+    "name, dtype, cases, why",
+    [
+        pytest.param(
+            *case,
+            marks=pytest.mark.xfail(
+                strict=case[:2] != ("adam, eps 0", F32),
+                raises=AssertionError,
+                reason="see KNOWN",
+            ),
+        )
+        for case in KNOWN
+    ],
+)
 def test_a_gap_that_is_known_to_miss(name, dtype, cases, why):
     assert [m for m in misses(name, dtype) if m[2:4] in cases] == []
 

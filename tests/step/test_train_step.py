@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations
+from helpers import count_compilations, temp_bytes
 
 import sparse_embed as se
 
@@ -127,3 +127,35 @@ def test_a_stock_optimizer_is_told_to_be_wrapped(stock):
 def test_not_an_optimizer():
     with pytest.raises(TypeError, match="(?s)optax transformation.*write: se.train_step"):
         se.train_step(lambda p: p, optax.adam)
+
+
+ONE_ID = {
+    "adam": se.lazy(optax.adam(0.1)),
+    "adamw and a clip": se.lazy(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))),
+    "adagrad": se.lazy(optax.adagrad(0.1)),
+    "rowwise_adagrad": se.lazy(se.rowwise_adagrad(0.1)),
+    "row clock": se.lazy(optax.adam(0.1), clock="row"),
+    "sgd": se.lazy(optax.sgd(0.1)),
+    "exact adamw": se.exact.adamw(0.1),
+    "exact replay": se.exact.replay(optax.adan(0.1)),
+}
+READ_AT_ONE_ID = {
+    "[1]": (lambda t, i: t[i], (1,)),
+    "[]": (lambda t, i: t[i], ()),
+    "[1, 1]": (lambda t, i: se.lookup(t, i), (1, 1)),
+    "bag": (lambda t, i: se.lookup_bag(t, i), (1, 3)),
+    "view": (lambda t, i: jnp.flip(t, 0)[1:][i], (1,)),
+    "twice": (lambda t, i: t[i] * t[i + 1], (1,)),
+}
+
+
+@pytest.mark.parametrize("read", READ_AT_ONE_ID)
+@pytest.mark.parametrize("optimizer", ONE_ID)
+def test_a_step_that_reads_one_row_copies_nothing(optimizer, read):
+    """XLA reads a single row anew at each use, and copied what was written in between."""
+    tx, (rows_of, shape) = ONE_ID[optimizer], READ_AT_ONE_ID[read]
+    params = {"table": jnp.ones((20_000, 8)), "w": jnp.ones(8)}
+    loss = lambda p, i: (jnp.sum(jnp.tanh(rows_of(p["table"], i) @ p["w"])), p["table"][i])  # noqa: E731
+    step = se.train_step(loss, tx, has_aux=True)
+    table_bytes = params["table"].nbytes
+    assert temp_bytes(step, params, tx.init(params), jnp.ones(shape, int)) < table_bytes / 10

@@ -132,7 +132,7 @@ def _tables(program: Program) -> tuple[set[Form], list[str]]:
     walk.plan(program.jaxpr, program.tags(found), [True] * len(program.jaxpr.outvars))
     forms, skipped = set(), []
     for k, asked in sorted(walk.looked_up.items()):
-        form = Form(leaves[k].shape, walk.row_axes.get(k, (0,)))
+        form = Form(leaves[k].shape, walk.row_axes.get(k) or walk.hidden_axes.get(k, (0,)))
         if form.num_rows > asked:
             forms.add(form)
         else:

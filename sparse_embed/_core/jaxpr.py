@@ -1,7 +1,7 @@
 """Everything this library knows about jaxprs that may change between versions of jax.
 
 Nothing here carries a stability promise from jax, so it is kept in one place and each program of
-`tests/programs.py` is run on both ends of the supported range.
+`tests/differentiate/programs.py` is run on both ends of the supported range.
 """
 
 import contextlib

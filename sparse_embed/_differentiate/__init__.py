@@ -9,6 +9,7 @@ from sparse_embed._differentiate.grad import grad as grad
 from sparse_embed._differentiate.grad import gradients as gradients
 from sparse_embed._differentiate.grad import value_and_grad as value_and_grad
 from sparse_embed._differentiate.program import Program as Program
+from sparse_embed._differentiate.program import Tables as Tables
 from sparse_embed._differentiate.program import trace as trace
 from sparse_embed._differentiate.taps import value_and_listed as value_and_listed
 from sparse_embed._differentiate.touched import check_ids as check_ids

@@ -1,14 +1,15 @@
 """Table-shaped values that are computed only at the rows that are read."""
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from sparse_embed._container import loosely
-from sparse_embed._core import Axes, JaxprEqn, bind
+from sparse_embed._core import Axes, JaxprEqn, bind, is_float
 from sparse_embed._differentiate.tags import Path
 from sparse_embed._views import Ids, Part, View, taken, view_of
 
@@ -51,6 +52,14 @@ class Delayed:
 
     def __init__(self, eqn: JaxprEqn, operands: list[Any], out: int, visit: int):
         self.eqn, self.operands, self.out, self.visit = eqn, operands, out, visit
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether it is made of ordinary arrays too, to which a derivative may go."""
+        return any(
+            x.mixes if isinstance(x, Delayed) else isinstance(x, Tracer) and is_float(x)
+            for x in self.operands
+        )
 
     def whole(self) -> Array:
         return bind(self.eqn, whole(self.operands))[self.out]
@@ -97,6 +106,8 @@ class Leaf(Delayed):
 
     def __init__(self, number: int, table: Array):
         self.number, self.table = number, table
+
+    mixes = False
 
     def whole(self) -> Array:
         return self.table

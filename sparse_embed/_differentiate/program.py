@@ -192,7 +192,7 @@ def _report(program: Program, walk: Walk, strict: bool) -> None:
         if use.leaf in told or not (strict or use.leaf in walk.looked_up):
             continue
         told.add(use.leaf)
-        text = _whole_use_text(program, use)
+        text = _whole_use_text(program, use, strict)
         if strict:
             raise ValueError(text)
         warnings.warn(text, UserWarning, stacklevel=_user_level())
@@ -218,12 +218,16 @@ _ADVICE = {
 }
 
 
-def _whole_use_text(program: Program, use: WholeUse) -> str:
+def _whole_use_text(program: Program, use: WholeUse, strict: bool) -> str:
     leaf, name = program.leaves[use.leaf], program.names[use.leaf]
     operation = "checkpoint" if use.primitive in CHECKPOINTS else use.primitive
     return message(
         f"the gradient of {name} is dense: `{operation}` needs the whole table.",
         f"{name} {describe(leaf)}, used at {use.line}",
         _ADVICE.get(use.primitive, "the operation on rows, after the lookup: f(table[ids])")
-        + "; or tables= to choose the leaves (any other leaf is dense without a word)",
+        + (
+            "; or this leaf left out of tables="
+            if strict
+            else "; or tables= to choose the leaves (any other leaf is dense without a word)"
+        ),
     )

@@ -37,6 +37,9 @@ def read_rows(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: L
     reading = Reading(named)
     flat = tuple(i.reshape(-1) for i in ids.safe)
     rows = table.rows(Place(step.read.axes, flat), reading)
+    if step.read.drops and table.mixes:  # nor does a gradient go to what the rows are mixed with
+        kept = ids.listed.reshape(-1, *(1,) * (rows.ndim - 1)) < step.read.num_rows
+        rows = jnp.where(kept, rows, jax.lax.stop_gradient(rows))
     if laid is not None and tuning.keeps(rows):
         rows = jax.lax.optimization_barrier(rows)
         laid.append(rows)

@@ -59,6 +59,7 @@ class Walk:
       looked_up: the leaves that are read by row at ids, be it behind a whole use, with the number
         of ids: tables.
       row_axes: for each leaf that is read by row, the axes along which its rows run.
+      hidden_axes: the same for leaves that are read behind a whole use.
       cut: constant slices that are reads of rows, by identity of their equations. All others are
         views, of which rows may be read.
       to_cut: those that would better be cut: they are used whole.
@@ -76,6 +77,7 @@ class Walk:
         self.whole_uses: list[WholeUse] = []
         self.looked_up: Counter[int] = Counter()
         self.row_axes: dict[int, Axes] = {}
+        self.hidden_axes: dict[int, Axes] = {}
         self.to_cut: set[int] = set()
         self.in_while: set[int] = set()
         self._visits = 0
@@ -185,6 +187,9 @@ class Walk:
             rows = {s.leaf for s in found.rows} | {n.leaf for n in found.whole if not n.spread}
             for k in rows | tag.hidden:
                 self.looked_up[k] += math.prod(read.lead)
+            for k in tag.hidden:  # in a carry, say, that a step inside changes
+                if eqn.invars[0].aval.shape == self.shapes[k]:
+                    self.hidden_axes.setdefault(k, tuple(sorted(read.axes)))
         for need in found.whole:
             if self.list_all or (live and need.live):
                 self._note(need.node.eqn.primitive.name, need.node.eqn, {need.leaf}, need.node.call)

@@ -26,6 +26,7 @@ from sparse_embed._lookup.bag_reduce import (
     weighted,
 )
 from sparse_embed._lookup.ids import (
+    COMBINERS,
     Mode,
     as_table,
     over_features,
@@ -134,7 +135,7 @@ def lookup_bag(
 
 
 def _check_combiner(combiner: Combiner, weights: ArrayLike | None) -> None:
-    if combiner not in ("sum", "mean", "sqrtn", "max", "min"):
+    if combiner not in COMBINERS:
         wrote = f"{_CALL}: combiner={combiner!r} is unknown."
         instead = "combiner= one of 'sum', 'mean', 'sqrtn', 'max', 'min'"
         raise ValueError(message(wrote, f"combiner {describe(combiner)}", instead))

@@ -15,6 +15,7 @@ from sparse_embed._container import as_integers, gather_rows, widened
 from sparse_embed._core import describe, message, whole_number
 
 Mode = Literal["fill", "clip"]
+COMBINERS = ("sum", "mean", "sqrtn", "max", "min")
 
 
 def as_table(table: ArrayLike, call: str) -> Array:
@@ -38,7 +39,8 @@ def row_numbers(ids: ArrayLike, num_rows: int, mode: Mode, call: str) -> Array:
     """
     if mode not in ("fill", "clip"):
         wrote, got = f"{call}: mode={mode!r} is unknown.", f"mode {describe(mode)}"
-        raise ValueError(message(wrote, got, 'mode="fill" or mode="clip"'))
+        other = f"; combiner={mode!r} says what is made of a bag" if mode in COMBINERS else ""
+        raise ValueError(message(wrote, got, 'mode="fill" or mode="clip"' + other))
     ids = widened(as_integers(ids, "ids", call))
     return jnp.clip(ids, 0, max(num_rows - 1, 0)) if mode == "clip" else ids
 

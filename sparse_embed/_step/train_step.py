@@ -15,7 +15,7 @@ from sparse_embed._core import (
     describe,
     message,
 )
-from sparse_embed._differentiate import gradients, trace, value_and_listed
+from sparse_embed._differentiate import Tables, gradients, trace, value_and_listed
 from sparse_embed._lazy import LazyState
 from sparse_embed._step.scratch import ScratchStep
 from sparse_embed._step.settle_reads import settle_reads
@@ -43,6 +43,7 @@ def train_step(
     *,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    tables: Tables = None,
 ) -> TrainStep:
     """The training step of `loss_fn` under `tx`, jitted, with both trees updated in place.
 
@@ -57,6 +58,8 @@ def train_step(
       argnums: where `params` goes among the arguments of `loss_fn`. Several numbers take `params`
         as a tuple.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
+      tables: as in `value_and_grad`: which leaves must be updated by row. A table among them that a
+        loss does not read at all stays as it is; any other leaf has a dense gradient, of zeros.
 
     Returns:
       `step(params, opt_state, *args) -> (params, opt_state, loss)`, or `(..., (loss, aux))`.
@@ -64,7 +67,7 @@ def train_step(
     Raises:
       ValueError: when called, where a buffer was donated before or is there twice.
       TypeError: `loss_fn` is no function, `tx` no optax transformation, or `argnums` no argument
-        numbers; when called, an exact optimizer is inside it.
+        numbers; when called, an exact optimizer is inside it, or it takes no gradients of tables.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparse_embed as se
@@ -82,7 +85,7 @@ def train_step(
     argnums = argument_numbers(argnums, "se.train_step(loss_fn, tx, argnums=...)")
     several = not isinstance(argnums, int)
     numbers = [argnums] if isinstance(argnums, int) else list(argnums)
-    listing = value_and_listed(loss_fn, argnums, has_aux, lay_out=True)
+    listing = value_and_listed(loss_fn, argnums, has_aux, tables=tables, lay_out=True)
     apply = getattr(tx, "apply", None)
 
     def given(params: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -129,14 +132,20 @@ def _update(
 ) -> Any:
     try:
         return optax.with_extra_args_support(tx).update(grads, opt_state, params, value=loss)
-    except (TypeError, ValueError) as error:
-        sparse = any(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
-        if sparse and not (isinstance(opt_state, LazyState) or hasattr(tx, "settle")):
-            error.add_note(
-                "In se.train_step(loss_fn, tx): a stock optax transformation cannot take the "
-                "gradients of a table.\n  write: tx = se.lazy(optax.chain(...)), whole chain inside"
+    except (NotImplementedError, TypeError, ValueError) as error:
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
+        tables = [f"params{jax.tree_util.keystr(p)} {g}" for p, g in with_paths if is_row_sparse(g)]
+        first = str(error).partition("\n")[0]
+        if not tables or isinstance(opt_state, LazyState):
+            raise
+        raise TypeError(
+            message(
+                "se.train_step(loss_fn, tx): a stock optax transformation cannot take the "
+                "gradients of a table.",
+                f"{describe(tx)}, and gradients of {', '.join(tables)}; it raised {first}",
+                "tx = se.lazy(optax.chain(...)), all of the transformation inside",
             )
-        raise
+        ) from error
 
 
 def _check_buffers(params: Any, opt_state: Any) -> None:

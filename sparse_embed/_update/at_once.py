@@ -103,14 +103,16 @@ def run_update(
     )
 
 
-def refusal(reason: str) -> str:
+_APART = (
+    "se.lazy(optax.partition({'tables': optax.adam(1e-3), 'rest': inner}, labels)), or dense "
+    "gradients for this leaf"
+)
+
+
+def refusal(reason: str, instead: str = _APART) -> str:
     """The message for an `inner` that cannot be run on rows."""
-    return message(
-        "se.lazy(inner): inner cannot update a table by its touched rows alone.",
-        reason,
-        "se.lazy(optax.partition({'tables': optax.adam(1e-3), 'rest': inner}, labels)), or dense "
-        "gradients for this leaf",
-    )
+    wrote = "se.lazy(inner): inner cannot update a table by its touched rows alone."
+    return message(wrote, reason, instead)
 
 
 def traced(job: Update, state: list[Any], params: list[Any] | None, extra: dict) -> Any:

@@ -30,7 +30,7 @@ from sparse_embed._core import (
 )
 from sparse_embed._update.at_once import Update, refusal, traced
 
-_INSTEAD = "; hold such a table with its rows first, and reshape or transpose it in the model"
+_INSTEAD = "this leaf with its rows first, [F * V, D] for a stack, and in the model a reshape of it"
 
 
 class Flat:
@@ -66,7 +66,7 @@ class Flat:
         if not self.forms:
             return
         if row_counts:
-            raise ValueError(refusal('clock="row" counts the steps of rows' + _INSTEAD))
+            raise ValueError(refusal('clock="row" counts the steps of rows', _INSTEAD))
         layout = replace(
             job.layout,
             shapes=[
@@ -99,7 +99,7 @@ class Flat:
         for i, k in own.items():
             if job.layout.shapes[i].shape != self.forms[k].shape:
                 name = jax.tree_util.keystr(job.layout.paths[i])
-                raise ValueError(refusal(f"its state{name} is not of the table's shape" + _INSTEAD))
+                raise ValueError(refusal(f"its state{name} is not of the table's shape", _INSTEAD))
         return own
 
     def _flat(self, x: Any, k: int | None) -> Any:
@@ -122,9 +122,9 @@ class Flat:
         met = {v for v, k in zip(jaxpr.invars, inputs, strict=True) if k in self.forms}
         for eqn in _needs_shape(jaxpr, met):
             where = f"{transform_name(eqn)} tells how its entries lie ({source_line(eqn)})"
-            raise ValueError(refusal(f"`{eqn.primitive.name}` in {where}" + _INSTEAD))
+            raise ValueError(refusal(f"`{eqn.primitive.name}` in {where}", _INSTEAD))
         if _names(jaxpr) != _names(flat):
-            raise ValueError(refusal("it treats a table of another shape otherwise" + _INSTEAD))
+            raise ValueError(refusal("it treats a table of another shape otherwise", _INSTEAD))
 
 
 class _Update:

@@ -53,6 +53,11 @@ class RowRead(NamedTuple):
     static: bool  # a constant slice, `x[3]` or `x[2:10]`
 
     @property
+    def drops(self) -> bool:
+        """Whether an id outside the table reads a row, to which no gradient goes."""
+        return self.mode == DROP
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         shape = self.eqn.invars[0].aval.shape
         return tuple(shape[a] for a in self.axes)

@@ -73,7 +73,8 @@ def ids_of(treedef: Any, ids: Any) -> list[Any]:
             message(
                 "tx.settle or tx.view(params, opt_state, ids): ids is no tree like params.",
                 f"{jax.tree.structure(ids)} where {treedef} belongs",
-                "tx.settle(params, opt_state, se.touched(loss_fn)(params, batch))",
+                "tx.settle(params, opt_state, se.touched(loss_fn)(params, batch)), or a tree of "
+                'ids with None for all other leaves: {"table": jnp.array([3]), "w": None}',
             )
         ) from None
 

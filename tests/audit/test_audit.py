@@ -176,3 +176,24 @@ def test_a_tied_softmax_is_named_with_its_line(how):
     assert not report.ok
     made = {o.array: o.line for o in report.operations if "dot" in o.operation}
     assert made[f"f32[{ROWS},{WIDTH}]"].endswith(line_of(tied_loss, "# the whole table"))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_stack_in_the_carry_of_a_scan(sparse):
+    params, optimizer = {"stack": jnp.ones((26, 1000, 4))}, optax.adam(0.1)
+    tx = se.lazy(optimizer) if sparse else optimizer
+    take = jax.vmap(lambda table, ids: table[ids], in_axes=(0, 1))
+    loss = lambda params, ids: jnp.sum(jnp.tanh(take(params["stack"], ids)))  # noqa: E731
+
+    def body(carry, ids):
+        params, state = carry
+        grads = (se.grad if sparse else jax.grad)(loss)(params, ids)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def epoch(params, state, batches):
+        return jax.lax.scan(body, (params, state), batches)[0]
+
+    step = jax.jit(epoch, donate_argnums=(0, 1))
+    report = se.audit(step, params, tx.init(params), jnp.zeros((3, 8, 26), int))
+    assert not report.skipped and bool(report.operations) != sparse

@@ -660,3 +660,39 @@ def test_constant_rows_of_a_named_table_are_lookups(key):
 def test_a_named_table_that_is_never_read_lists_nothing(key, maybe_jit):
     grads = maybe_jit(se.grad(lambda p: jnp.sum(p["w"]), tables=by_name("t")))(small(key))
     assert grads["t"].indices.shape == (0,) and grads["t"].shape == (SMALL, D)
+
+
+# What rows of the table `t` [5, 2] are mixed with, before they are read.
+MIXED = {
+    "a number": lambda p: p["t"] * p["s"],
+    "a vector": lambda p: p["t"] + p["w"],
+    "a column": lambda p: p["t"] * p["c"],
+    "a row below": lambda p: jnp.concatenate([p["t"], p["w"][None]]),
+    "a row above": lambda p: jnp.concatenate([p["w"][None], p["t"]]),
+    "another table below": lambda p: jnp.concatenate([p["t"], p["u"] * p["s"]]),
+    "a row set": lambda p: p["t"].at[4].set(p["w"]),
+    "rows chosen": lambda p: jnp.where((jnp.arange(5) % 3 == 1)[:, None], p["w"], p["t"]),
+    "padding": lambda p: jax.lax.pad(p["t"], p["s"], [(1, 1, 0), (0, 0, 0)]),
+    "a transposed table": lambda p: (p["t"].T * p["w"][:, None]).T,
+}
+
+
+@pytest.mark.parametrize("mode", [None, "fill", "clip", "drop"])
+@pytest.mark.parametrize("mix", MIXED)
+def test_what_rows_are_mixed_with_gets_no_gradient_from_ids_outside(mix, mode):
+    """`table[ids]` reads the nearest row at an id outside, and sends no gradient back."""
+    rng = np.random.default_rng(0)
+    shapes = {"t": (5, 2), "u": (5, 2), "w": (2,), "c": (5, 1), "s": ()}
+    params = {k: jnp.asarray(rng.normal(size=s), "float32") for k, s in shapes.items()}
+
+    def loss(params, ids):
+        view = MIXED[mix](params)
+        rows = view[ids] if mode is None else view.at[ids].get(mode=mode)
+        return jnp.sum(jnp.where(jnp.isnan(rows), 0.0, jnp.sin(rows) * jnp.arange(1.0, 3.0)))
+
+    ids = jnp.array([0, 5, 4, -7, 6, 19, 2, -1])
+    want, got = jax.grad(loss)(params, ids), se.grad(loss)(params, ids)
+    assert isinstance(got["t"], se.RowSparse)
+    for k in params:
+        g = got[k].todense() if isinstance(got[k], se.RowSparse) else got[k]
+        np.testing.assert_allclose(g, want[k], 1e-5, 1e-6, err_msg=k)

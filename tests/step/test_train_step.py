@@ -159,3 +159,40 @@ def test_a_step_that_reads_one_row_copies_nothing(optimizer, read):
     step = se.train_step(loss, tx, has_aux=True)
     table_bytes = params["table"].nbytes
     assert temp_bytes(step, params, tx.init(params), jnp.ones(shape, int)) < table_bytes / 10
+
+
+STOCK = {
+    "adam": lambda: optax.adam(0.1),
+    "sgd": lambda: optax.sgd(0.1),
+    "clip before lazy": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), se.lazy(optax.adam(0.1))
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(se.lazy(optax.adam(0.1)), 2),
+    "one part bare": lambda: optax.multi_transform(
+        {"t": optax.adam(0.1), "w": se.lazy(optax.adam(0.1))}, {"table": "t", "w": "w"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_stock_transformation_is_told_to_go_inside_lazy(name):
+    params, loss_fn, *_ = setup()
+    tx = STOCK[name]()
+    with pytest.raises(TypeError, match=r"params\['table'\](.|\n)*write: tx = se.lazy\("):
+        se.train_step(loss_fn, tx)(params, tx.init(params), jnp.array([3]))
+
+
+def test_a_table_that_a_loss_does_not_read_stays_if_it_is_named():
+    params = {"a": jnp.ones((ROWS, WIDTH)), "b": jnp.ones((ROWS, WIDTH)), "w": jnp.ones(WIDTH)}
+    tx, names = se.lazy(optax.adamw(0.1)), {"a": True, "b": True, "w": False}
+    read = lambda k: lambda p, ids: jnp.sum((p[k][ids] * p["w"]) ** 2)  # noqa: E731
+    steps = {k: se.train_step(read(k), tx, tables=names) for k in "ab"}
+    state = tx.init(params)
+    params, state, _ = steps["b"](params, state, jnp.array([5]))
+    kept = params["b"] + 0
+    params, state, _ = steps["a"](params, state, jnp.array([3]))
+    np.testing.assert_array_equal(params["b"], kept)
+    assert temp_bytes(steps["a"], params, state, jnp.array([3])) < kept.nbytes / 10
+    with pytest.raises(ValueError, match="needs the whole table"):
+        whole = lambda p, ids: jnp.sum(p["a"][ids]) + jnp.sum(p["a"])  # noqa: E731
+        se.train_step(whole, tx, tables=names)(params, state, jnp.array([3]))

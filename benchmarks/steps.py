@@ -23,7 +23,7 @@ from _results import RESULTS, command_line, heading, write
 from _ways import OPTIMIZERS, by_hand_adam, dense, folded_sgd, loss_fn, ours, ref_sgd, refs_work
 
 from sparse_embed._container.listed import Listed, Part
-from sparse_embed._differentiate.taps import value_and_listed
+from sparse_embed._differentiate import trace, value_and_listed
 from sparse_embed._update.sweep import Sweep
 
 Tables = dict[str, list[dict[str, Any]]]  # what was measured -> rows
@@ -178,7 +178,8 @@ class Parts:
             return Listed([part], table.shape, table.dtype)
 
         def read(params: dict, ids: jax.Array) -> tuple:
-            value, grads, _ = listing(params, ids)
+            program = trace(loss_fn, 0, (params, ids), {})
+            value, grads, _ = listing(program, params, ids)
             (part,) = grads["table"].parts
             return value, grads["w"], part
 

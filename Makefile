@@ -11,12 +11,14 @@ BENCH_ARGS ?=
 # What `make bench` measures beside ours, in an environment of its own. Where pip has no CPU build
 # of torch for this Python, say where to find one: PEERS_PIP_ARGS="--find-links FOLDER".
 PEERS_VENV = .venv-peers
+# Where `make gpu` puts its results.
+OUT ?= gpu-results
 PEERS_PIP_ARGS ?=
 
 PY = $(VENV)/bin/python
 
 .DEFAULT_GOAL := test
-.PHONY: test demo lint format bench test-newest clean
+.PHONY: test demo lint format bench gpu test-newest clean
 
 test: $(VENV)/.installed-test
 	@$(PY) .ci/versions.py
@@ -64,6 +66,11 @@ $(PEERS_VENV)/.installed-peers:
 	$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps fbgemm-gpu-cpu==1.8.0 \
 	  $(PEERS_PIP_ARGS)
 	touch $@
+
+# On a machine with a GPU, with the Python that has jax, optax, pytest and torch there: nothing is
+# installed. Checks first, then times; what either leaves in OUT is kept if the other fails.
+gpu:
+	.ci/gpu "$(OUT)" $(PYTHON)
 
 clean:
 	rm -rf .venv .venv-newest .venv-peers .jax_cache .pytest_cache .mypy_cache .ruff_cache dist

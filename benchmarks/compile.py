@@ -3,7 +3,9 @@
     python benchmarks/compile.py        # the table of benchmarks/results/compile-cpu-2core.md
 
 Each table is `[V, d]`, read at a column of ids of its own; a small MLP follows; AdamW with a clip
-by global norm. "stack" is all of them in one leaf `[tables, V, d]`. Nothing is run.
+by global norm. "stack" is all of them in one leaf `[tables, V, d]`. Nothing is run. Where V is the
+same, XLA compiles what it does to one table once for all of them, of dense optax as well; so there
+are tables of V rows each, and tables whose heights go from 100 to 1,000,000.
 """
 
 import functools
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from _measure import machine, markdown
 from _results import RESULTS, command_line, heading, write
@@ -29,7 +32,8 @@ MANY = 50  # tables from which on there is one round, and none of the exact step
 class Sizes(NamedTuple):
     """What is compiled, and how often."""
 
-    tables: tuple[int, ...]
+    tables: tuple[int, ...]  # of V rows each
+    spread: tuple[int, ...]  # of heights from 100 to 1,000,000
     V: int
     d: int
     ids: int
@@ -37,9 +41,9 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    "full": Sizes((1, 8, 26, 100), 100_000, 16, 4096, 1),
-    "quick": Sizes((1, 8, 26), 100_000, 16, 4096, 1),
-    "tiny": Sizes((1, 3), 600, 4, 32, 1),
+    "full": Sizes((1, 8, 26, 100), (26, 100), 100_000, 16, 4096, 1),
+    "quick": Sizes((1, 8, 26), (26,), 100_000, 16, 4096, 1),
+    "tiny": Sizes((1, 3), (3,), 600, 4, 32, 1),
 }
 
 
@@ -80,15 +84,17 @@ def ways() -> dict[str, tuple[Any, Callable[[], Any], bool]]:
     }
 
 
-def measure(sizes: Sizes, tables: int) -> list[dict[str, Any]]:
+def measure(sizes: Sizes, tables: int, spread: bool) -> list[dict[str, Any]]:
     """One row for each way: medians of its rounds, in turns."""
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     matrices = {"w": struct((sizes.d * tables, 64)), "v": struct((64, 1))}
-    leaves = {f"table_{f}": struct((sizes.V, sizes.d)) for f in range(tables)}
+    heights = np.geomspace(100, 1_000_000, tables) if spread else [sizes.V] * tables
+    leaves = {f"table_{f}": struct((int(rows), sizes.d)) for f, rows in enumerate(heights)}
     stack = {"stack": struct((tables, sizes.V, sizes.d))}
     ids = jax.ShapeDtypeStruct((sizes.ids, tables), jnp.int32)
     many = tables > MANY
-    names = [name for name in ways() if not (many and name == "exact")]
+    names = [name for name, (*_, stacked) in ways().items() if not (spread and stacked)]
+    names = [name for name in names if not (many and name == "exact")]
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(1 if many else sizes.rounds):
         for name in names:
@@ -104,7 +110,14 @@ def measure(sizes: Sizes, tables: int) -> list[dict[str, Any]]:
     rows = []
     for name, own in seconds.items():
         trace, compile_ = (_median(column) for column in zip(*own, strict=True))
-        row = {"tables": tables, "step": name, "trace s": trace, "compile s": compile_}
+        kind = "100 to 1,000,000" if spread else f"{sizes.V:,}"
+        row = {
+            "tables": tables,
+            "rows": kind,
+            "step": name,
+            "trace s": trace,
+            "compile s": compile_,
+        }
         rows.append(row | {"to dense": round((trace + compile_) / dense[0], 1)})
     return [{k: round(x, 2) if isinstance(x, float) else x for k, x in row.items()} for row in rows]
 
@@ -120,9 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     sizes = SIZES[args.size]
     facts = machine() | {"size": args.size}
-    rows = [row for tables in sizes.tables for row in measure(sizes, tables)]
+    rows = [row for tables in sizes.tables for row in measure(sizes, tables, False)]
+    rows += [row for tables in sizes.spread for row in measure(sizes, tables, True)]
     text = heading("Tracing and compiling", facts)
-    text += [f"Tables `[{sizes.V}, {sizes.d}]`, {sizes.ids:,} ids each, AdamW and a clip"]
+    text += [f"Tables `[rows, {sizes.d}]`, {sizes.ids:,} ids each, AdamW and a clip"]
     text += [markdown(rows)]
     print("\n\n".join(text), flush=True)
     out = args.json

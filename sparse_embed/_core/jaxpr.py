@@ -58,6 +58,16 @@ def varying_axes(aval: Any) -> frozenset[str]:
     return frozenset(getattr(getattr(aval, "mat", None), "varying", ()) or ())
 
 
+def same_varying(values: Sequence[Any]) -> list[Any]:
+    """`values` typed alike inside `shard_map`: rows may differ between devices, a scale may not."""
+    own = [varying_axes(jax.typeof(v)) if hasattr(v, "dtype") else frozenset() for v in values]
+    every: frozenset[str] = frozenset().union(*own)
+    return [
+        jax.lax.pcast(v, tuple(sorted(every - axes)), to="varying") if every - axes else v
+        for v, axes in zip(values, own, strict=True)
+    ]
+
+
 def manual_axes(eqn: JaxprEqn) -> tuple[str, ...]:
     """The mesh axes that a `shard_map` makes manual, in the order of the mesh."""
     names = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes"))
@@ -85,9 +95,11 @@ def bind(eqn: JaxprEqn, values: Sequence[Any], **changes: Any) -> list[Array]:
     """Runs one equation again, under the source line, name scope and context it was made in."""
     params = eqn.primitive.get_bind_params({**eqn.params, **changes})
     info = eqn.source_info
+    # An equation from outside of a `shard_map` that is run inside it is of the mesh there.
+    moved_in = any(varying_axes(jax.typeof(v)) for v in values if hasattr(v, "dtype"))
     with (
         source_info_util.user_context(info.traceback, name_stack=info.name_stack),
-        eqn.ctx.manager,
+        contextlib.nullcontext() if moved_in else eqn.ctx.manager,
     ):
         out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._core.jaxpr import JaxprEqn, bind
+from sparse_embed._core.jaxpr import JaxprEqn, bind, same_varying
 
 Axes = tuple[int, ...]
 
@@ -190,7 +190,7 @@ def bind_on_rows(
                 sizes[a] = 1
             sizes[axes[-1]] = n
             new[key] = tuple(sizes)
-    return bind(eqn, blocks, **{**changes, **new})
+    return bind(eqn, same_varying(blocks), **{**changes, **new})
 
 
 def as_block(rows: Array, ndim: int, axes: Axes) -> Array:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
 from sparse_embed._container import loosely
-from sparse_embed._core import Axes, JaxprEqn, bind, is_float
+from sparse_embed._core import Axes, JaxprEqn, bind, is_float, trace_state
 from sparse_embed._differentiate.tags import Path
 from sparse_embed._views import Ids, Part, View, taken, view_of
 
@@ -52,24 +53,26 @@ class Delayed:
 
     def __init__(self, eqn: JaxprEqn, operands: list[Any], out: int, visit: int):
         self.eqn, self.operands, self.out, self.visit = eqn, operands, out, visit
+        self._made: tuple[Any, Array] | None = None  # the whole of it, and in which trace
 
     @cached_property
     def mixes(self) -> bool:
         """Whether it is made of ordinary arrays too, to which a derivative may go."""
-        return any(
-            x.mixes if isinstance(x, Delayed) else isinstance(x, Tracer) and is_float(x)
-            for x in self.operands
-        )
+        return any(map(mixes, self.operands))
 
     def whole(self) -> Array:
-        return bind(self.eqn, whole(self.operands))[self.out]
+        if self._made is None or self._made[0] != trace_state():
+            self._made = trace_state(), bind(self.eqn, whole(self.operands))[self.out]
+        return self._made[1]
 
     def rows(self, place: Place, reading: Reading) -> Array:
         """Its rows `[n, *features]`, with the taps of its leaves added."""
         key = id(self), place.path, place.axes
         if key not in reading.memo:
             view = view_of(self.eqn, self.out, place.axes)
-            assert view is not None, "the walk found it"
+            if view is None:  # no derivative is asked for here, so it may be laid out
+                reading.memo[key] = taken(self.whole(), place.axes, place.ids)
+                return reading.memo[key]
             values = list(self.operands)
             inside: list[Array | None] = [None] * len(values)
             for part in view.parts:
@@ -82,17 +85,43 @@ class Delayed:
         self, part: Part, view: View, place: Place, reading: Reading
     ) -> tuple[Array, Array | None]:
         x, ids, there, path = self.operands[part.operand], place.ids, None, place.path
-        counted = place.counted
+        counted, kept = place.counted, None
         if part.move is not None:
             extra = whole([self.operands[i] for i in view.extra])
-            ids = tuple(i if i.dtype.itemsize >= 4 else i.astype(jnp.int32) for i in ids)
+            ids = tuple(map(_signed, ids))
             ids, there, *more = part.move(ids, *extra)
-            counted = _both(counted, *more)
+            kept = _both(*more)
+            counted = _both(counted, kept)
             path = (*path, (self.visit, part.operand))
         if not isinstance(x, Delayed) or not part.axes:
-            return taken(whole([x])[0], part.axes, ids), there
-        inside = _both(place.inside, there)
-        return x.rows(Place(part.axes, ids, inside, counted, path), reading), there
+            rows = taken(whole([x])[0], part.axes, ids)
+        else:
+            inside = _both(place.inside, there)
+            rows = x.rows(Place(part.axes, ids, inside, counted, path), reading)
+        if kept is not None and mixes(x):
+            rows = without_gradient(rows, kept)
+        return rows, there
+
+
+def mixes(x: Any) -> bool:
+    """Whether a derivative may go to an ordinary array from rows of it."""
+    return x.mixes if isinstance(x, Delayed) else isinstance(x, Tracer) and is_float(x)
+
+
+def without_gradient(rows: Array, kept: Array) -> Array:
+    """`rows`, of which a gradient goes back only from those that are `kept`, `[n]`."""
+    mask = kept.reshape(-1, *(1,) * (rows.ndim - 1))
+    return jnp.where(mask, rows, jax.lax.stop_gradient(rows))
+
+
+def _signed(ids: Array) -> Array:
+    """In-range ids, of a type with which they may be subtracted from."""
+    wide = jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32
+    return (
+        ids
+        if jnp.issubdtype(ids.dtype, jnp.signedinteger) and ids.dtype.itemsize >= 4
+        else ids.astype(wide)
+    )
 
 
 def _both(*masks: Array | None) -> Array | None:
@@ -138,11 +167,13 @@ def taken_apart(
     """
     arrays: list[Array] = []
     places: dict[int, int] = {}
+    seen: set[int] = set()
 
     def take(x: Any) -> None:
         if isinstance(x, Leaf):
             x = x.table
-        if isinstance(x, Delayed):
+        if isinstance(x, Delayed) and id(x) not in seen:
+            seen.add(id(x))
             for operand in x.operands:
                 take(operand)
         elif isinstance(x, Array) and id(x) not in places:

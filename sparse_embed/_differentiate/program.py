@@ -150,19 +150,18 @@ def find_tables(program: Program, tables: Tables, live: Sequence[bool]) -> tuple
         and is_float(leaf)
         and (named is None or k in named)
     }
-    first = True
+    told: set[int] = set()
     cut: frozenset[int] = frozenset()
     while True:
         walk = Walk(program.shapes, cut=cut)
         plan = walk.plan(program.jaxpr, program.tags(found), live)
-        if first:
-            _report(program, walk, strict=named is not None)
+        _report(program, walk, named is not None, told)
         kept = found - {use.leaf for use in walk.whole_uses}
         if named is None:  # constant slices are no lookups
             kept &= walk.looked_up.keys()
         if kept == found and walk.to_cut <= cut:
             return found, plan
-        found, cut, first = kept, cut | walk.to_cut, False
+        found, cut = kept, cut | walk.to_cut
 
 
 def _named(program: Program, tables: Tables) -> set[int] | None:
@@ -185,9 +184,8 @@ def _named(program: Program, tables: Tables) -> set[int] | None:
     return {k for k, flag in enumerate(flags) if flag}
 
 
-def _report(program: Program, walk: Walk, strict: bool) -> None:
-    """One warning, or error, for each table that is also used whole."""
-    told: set[int] = set()
+def _report(program: Program, walk: Walk, strict: bool, told: set[int]) -> None:
+    """One warning, or error, for each table that is also used whole and was not `told`."""
     for use in walk.whole_uses:
         if use.leaf in told or not (strict or use.leaf in walk.looked_up):
             continue

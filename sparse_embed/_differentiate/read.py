@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._core import JaxprEqn, bind, tuning
-from sparse_embed._differentiate.delayed import Delayed, Place, Reading, whole
+from sparse_embed._differentiate.delayed import Delayed, Place, Reading, whole, without_gradient
 from sparse_embed._differentiate.plan import Site, Step
 from sparse_embed._views import ReadIds
 
@@ -38,8 +38,7 @@ def read_rows(eqn: JaxprEqn, step: Step, values: Values, taps: ManyTaps, laid: L
     flat = tuple(i.reshape(-1) for i in ids.safe)
     rows = table.rows(Place(step.read.axes, flat), reading)
     if step.read.drops and table.mixes:  # nor does a gradient go to what the rows are mixed with
-        kept = ids.listed.reshape(-1, *(1,) * (rows.ndim - 1)) < step.read.num_rows
-        rows = jnp.where(kept, rows, jax.lax.stop_gradient(rows))
+        rows = without_gradient(rows, ids.listed.reshape(-1) < step.read.num_rows)
     if laid is not None and tuning.keeps(rows):
         rows = jax.lax.optimization_barrier(rows)
         laid.append(rows)

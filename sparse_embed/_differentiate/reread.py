@@ -21,7 +21,9 @@ def is_read_again(
     eqn: JaxprEqn, read: RowRead, tags: Sequence[Tag], then: Sequence[JaxprEqn | None]
 ) -> bool:
     """Whether rows read are for a second read, of fewer: `table[order][ids]`. It is a view then."""
-    again = _next_read(eqn.outvars[0].aval, then[0])
+    gather = eqn.primitive.name == "gather"
+    first = 0 not in eqn.params["dimension_numbers"].offset_dims if gather else read.axes == (0,)
+    again = _next_read(eqn.outvars[0].aval, then[0]) if first else None
     if again is None or again.axes != (0,) or tags[0].node is None or len(read.lead) != 1:
         return False
     alone = read.run is None or eqn.primitive.name == "dynamic_slice"

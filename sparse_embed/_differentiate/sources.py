@@ -1,10 +1,13 @@
 """From a read back to the leaves: through which views its rows come, or what needs them whole."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 from sparse_embed._core import Axes, JaxprEqn
 from sparse_embed._differentiate.tags import Node, Path
 from sparse_embed._views import row_read, view_of
+
+MOST_PATHS = 16  # views after views, as of a blur, multiply the ways to one leaf; then it is dense
 
 
 class Source(NamedTuple):
@@ -34,14 +37,15 @@ class Sources(NamedTuple):
 
 def sources(node: Node, axes: Axes) -> Sources:
     """Follows the rows of a value along `axes` back to its leaves."""
-    found, seen = Sources([], []), set()
+    found, seen, arrived = Sources([], []), set(), Counter[int]()
 
     def follow(node: Node, axes: Axes, path: Path, live: bool) -> None:
         key = id(node), axes, path, live
-        if key in seen:
+        if key in seen or max(arrived.values(), default=0) > MOST_PATHS:
             return
         seen.add(key)
         if node.leaf >= 0:
+            arrived[node.leaf] += 1
             found.rows.append(Source(path, axes, node.leaf, live))
             return
         view = view_of(node.eqn, node.out, axes)
@@ -49,6 +53,9 @@ def sources(node: Node, axes: Axes) -> Sources:
             for leaf in sorted(_leaves(node)):
                 found.whole.append(Need(node, leaf, live and leaf in node.live, False))
             return
+        for i in view.extra:  # indices made of a table, and of all of it
+            below = _leaves(operand) if (operand := node.operands[i]) else ()
+            found.whole.extend(Need(node, leaf, False, True) for leaf in sorted(below))
         for part in view.parts:
             operand = node.operands[part.operand]
             if operand is None:
@@ -62,6 +69,8 @@ def sources(node: Node, axes: Axes) -> Sources:
                 found.whole.append(Need(node, leaf, alive and leaf in operand.live, True))
 
     follow(node, axes, (), True)
+    if max(arrived.values(), default=0) > MOST_PATHS:
+        return Sources([], [Need(node, k, k in node.live, False) for k in sorted(_leaves(node))])
     return found
 
 

@@ -139,7 +139,9 @@ class _Update:
         if form.leading:
             return RowSparse._make(update.indices, update.rows, form, True)
         row, feature = form.row_and_feature(update.indices)
-        slot = jnp.searchsorted(listed, jnp.where(row < form.num_rows, row, listed.max() + 1))
+        slot = jnp.searchsorted(
+            listed, jnp.where(row < form.num_rows, row, jnp.max(listed, initial=-1) + 1)
+        )
         rows = jnp.zeros((listed.size, prod(form.features)), self.dtype)
         rows = rows.at[slot, feature].set(update.rows, mode="drop")
         return RowSparse._make(listed, rows.reshape(-1, *form.features), form, True)

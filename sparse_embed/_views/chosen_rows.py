@@ -61,6 +61,8 @@ def scatter_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
         or indices.dtype.itemsize < 4  # of which JAX itself makes other rows
     ):
         return None
+    if not number:
+        return View((Part(0, axes),), lambda rows, inside, ids: rows[0])
     clips = eqn.params["mode"] == GatherScatterMode.CLIP
     last = np.array([table.shape[a] - 1 for a in axes])
 
@@ -93,7 +95,7 @@ def dynamic_slice_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
 
     def move(ids: Ids, *starts: Array) -> Moved:
         firsts = (jnp.clip(starts[a], 0, shape[a] - sizes[a]) for a in axes)
-        return tuple(i + first for i, first in zip(ids, firsts, strict=True)), None
+        return tuple(i + f.astype(i.dtype) for i, f in zip(ids, firsts, strict=True)), None
 
     extra = tuple(range(1, 1 + len(shape)))
     return View((Part(0, axes, move),), lambda rows, inside, ids: rows[0], extra)
@@ -108,7 +110,7 @@ def dynamic_update_slice_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | Non
     def places(ids: Ids, starts: Sequence[Array]) -> tuple[Ids, Array]:
         own, there = [], jnp.ones(ids[0].shape, bool)
         for a, i in zip(axes, ids, strict=True):
-            here = i - jnp.clip(starts[a], 0, shape[a] - new[a])
+            here = i - jnp.clip(starts[a], 0, shape[a] - new[a]).astype(i.dtype)
             own.append(jnp.clip(here, 0, new[a] - 1))
             there &= here == own[-1]
         return tuple(own), there

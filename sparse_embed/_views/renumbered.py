@@ -66,6 +66,8 @@ def reshape_view(eqn: JaxprEqn, out: int, axes: Axes) -> View | None:
     if eqn.params["dimensions"] is not None or operand_axes(eqn, 0, axes) is not None:
         return None
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if 0 in old:
+        return None
     # Rows run along the leading axes of both, be it after axes that do not change.
     rows, own, lines = prod(new[a] for a in axes), 0, 1
     if axes != tuple(range(len(axes))):

@@ -1,4 +1,4 @@
-"""What must hold on whatever device is there: run by `make gpu` on a GPU, and by `make test` on CPU.
+"""What must hold on any device: run by `make gpu` on a GPU, and by `make test` on CPU.
 
 Each step runs on the default device in float32, and beside it dense optax on the host in float64.
 Rows that a step does not touch are compared bit by bit.

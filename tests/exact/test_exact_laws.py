@@ -53,11 +53,16 @@ def test_float64(name):
         assert_law(*txs, subject, jnp.float64, subject.float64)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", REPLAYED)
-def test_replay(name):
+def test_replay(name, wide):
     dense = REPLAYED[name](rate(0.005))
     subject = Subject(None, None, mixed=name in ("partition", "clip, adamw"))
-    assert_law(se.exact.replay(dense), dense, subject, jnp.float32, 1e-5, steps=200)
+    # Rounding of the norm by which novograd divides everything moves all rows.
+    bound = 1e-12 if wide else 3e-5 if name == "novograd" else 1e-5
+    with jax.enable_x64(wide):
+        dtype = jnp.float64 if wide else jnp.float32
+        assert_law(se.exact.replay(dense), dense, subject, dtype, bound, steps=200)
 
 
 def test_the_law_tells_lazy_from_exact():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_embed._container.indices import Slots, distinct, first_seen, first_seen_of_each
+from sparse_embed._core import platform
 
 TOGETHER = 1 << 17  # ids of several tables told apart at once: their scratch stays in the caches
 
@@ -30,7 +31,7 @@ def slots_of_each(indices: dict[int, Array], heights: dict[int, int]) -> dict[in
     found: dict[int, Slots] = {}
     alike: dict[int, list[int]] = {}
     for k, own in indices.items():
-        if hashable(own) and jax.default_backend() == "cpu":
+        if hashable(own) and platform() == "cpu":
             alike.setdefault(own.size, []).append(k)
         else:
             found[k] = distinct(own, heights[k], own.size)

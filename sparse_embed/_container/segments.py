@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from sparse_embed._container.indices import Slots, distinct, flat_indices
+from sparse_embed._core import platform
 
 
 def sum_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -63,7 +64,7 @@ def loosely(rows: Array, ids: Array) -> Array:
     some here: a product with one, of which only we know that it is one. That changes no bit of a
     normal number; a subnormal one reads as 0, as XLA has it in any arithmetic on a CPU.
     """
-    if jax.default_backend() != "cpu" or not rows.size or rows.dtype not in _SINGLE:
+    if platform() != "cpu" or not rows.size or rows.dtype not in _SINGLE:
         return rows
     first = jax.lax.slice(ids.reshape(-1), (0,), (1,)).reshape(())
     return rows * (first >= 0).astype(rows.dtype)

@@ -35,6 +35,9 @@ from sparse_embed._core.jaxpr import varying_axes as varying_axes
 from sparse_embed._core.jaxpr import while_tracing as while_tracing
 from sparse_embed._core.jaxpr import without_calls as without_calls
 from sparse_embed._core.pages import ask_for_huge_pages as ask_for_huge_pages
+from sparse_embed._core.platforms import made_for as made_for
+from sparse_embed._core.platforms import platform as platform
+from sparse_embed._core.platforms import platform_of as platform_of
 from sparse_embed._core.rowwise import ELEMENTWISE as ELEMENTWISE
 from sparse_embed._core.rowwise import REDUCTIONS as REDUCTIONS
 from sparse_embed._core.rowwise import ROW_WISE as ROW_WISE

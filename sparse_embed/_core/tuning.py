@@ -6,12 +6,12 @@ from math import prod
 from numbers import Real
 from typing import Any
 
-import jax
 import numpy as np
 from jax.core import Tracer
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from sparse_embed._core.errors import describe, message
+from sparse_embed._core.platforms import platform
 
 
 def _whole(value: Any) -> int | None:
@@ -91,7 +91,7 @@ class Tuning:
     def keeps(self, x: Any) -> bool:
         """Whether the memory of an array is kept from one step to the next, on CPUs."""
         size = prod(x.shape) * x.dtype.itemsize
-        return size >= self.kept_bytes and jax.default_backend() == "cpu"
+        return size >= self.kept_bytes and platform() == "cpu"
 
     def window_rows(self, listed: int, row_bytes: int) -> int:
         """Rows of a window: whole blocks, and no more than can be needed."""
@@ -118,4 +118,4 @@ def in_blocks(indices: Any, *others: Any) -> bool:
         isinstance(x, DynamicJaxprTracer) for x in (indices, *others) if isinstance(x, Tracer)
     )
     many = isinstance(indices, Tracer) and indices.size > tuning.block_rows
-    return many and plain and jax.default_backend() == "cpu"
+    return many and plain and platform() == "cpu"

@@ -13,7 +13,10 @@ from sparse_embed._core import (
     check_function,
     check_transformation,
     describe,
+    made_for,
     message,
+    platform,
+    platform_of,
 )
 from sparse_embed._differentiate import Tables, gradients, trace, value_and_listed
 from sparse_embed._lazy import LazyState
@@ -26,15 +29,28 @@ class TrainStep:
     """A compiled training step: call it as `step(params, opt_state, *args)`, or audit it."""
 
     def __init__(self, step: Callable[..., Any]):
-        self._step = ScratchStep(step)
+        self._step = step
+        self._made: dict[str, ScratchStep] = {}  # by platform
+
+    def _for(self, *given: Any) -> ScratchStep:
+        """The step for the platform where these arrays are."""
+        target = platform_of(given) or platform()
+        if target not in self._made:
+            self._made[target] = ScratchStep(made_for(target, self._step))
+        return self._made[target]
 
     def __call__(self, params: Any, opt_state: Any, *args: Any) -> Any:
         _check_buffers(params, opt_state)
-        return self._step(params, _unsettled(opt_state), *args)
+        step = self._for(params, opt_state, args)
+        return step(params, _unsettled(opt_state), *args)
 
     def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:
-        """As of `jax.jit(step, donate_argnums=(0, 1))`, without memory that calls keep on CPUs."""
-        return self._step.to_lower.lower(params, _unsettled(opt_state), *args)
+        """As of `jax.jit(step, donate_argnums=(0, 1))`, without memory that calls keep on CPUs.
+
+        For the platform of the arrays, or of the shardings of the `jax.ShapeDtypeStruct`s.
+        """
+        step = self._for(params, opt_state, args)
+        return step.to_lower.lower(params, _unsettled(opt_state), *args)
 
 
 def train_step(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sparse_embed._core import platform
 from sparse_embed.exact._table import BLOCK, Block, CatchUp, Held, Table
 
 
@@ -57,7 +58,7 @@ def _caught_up(catch_up: CatchUp, blocks: list[Block]) -> tuple[Array, dict[str,
     """The rows of some blocks, one block after the other, after the steps that they missed."""
     block = _joined(blocks) if len(blocks) > 1 else blocks[0]
     total = block.indices.size
-    if jax.default_backend() != "cpu" or (len(blocks) == 1 and total <= BLOCK):
+    if platform() != "cpu" or (len(blocks) == 1 and total <= BLOCK):
         return catch_up(block)
 
     # Few enough rows at a time that they stay in the caches of a CPU. And a loop is compiled by

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from sparse_embed._core import made_for, platform, platform_of
 from sparse_embed.exact._at_hand import AtHand, apply_at_hand, settle_at_hand
 from sparse_embed.exact._checks import check_state
 from sparse_embed.exact._optimizer import Exact
@@ -55,13 +56,17 @@ class ExactTransformation(optax.GradientTransformationExtraArgs):
 def transformation(exact: Exact) -> ExactTransformation:
     """What users call, of an exact optimizer."""
     tx = ExactTransformation(exact.init, exact.update)
-    settle = jax.jit(exact.settle, static_argnames="coalesced")
+
+    @partial(jax.jit, static_argnames=("coalesced", "target"))
+    def settle(params: Any, opt_state: ExactState, ids: Any, coalesced: bool, target: str) -> Any:
+        return made_for(target, exact.settle)(params, opt_state, ids, coalesced=coalesced)
 
     def checked(
         params: Any, opt_state: ExactState, ids: Any = None, *, coalesced: bool = False
     ) -> tuple[Any, ExactState]:
         check_state("tx.settle(params, opt_state)", opt_state)
-        params, opt_state, agreeing = settle(params, opt_state, ids, coalesced=coalesced)
+        target = platform_of(params) or platform()
+        params, opt_state, agreeing = settle(params, opt_state, ids, coalesced, target)
         for name, agrees in agreeing.items():
             raise_if_other(name, agrees)
         return params, opt_state

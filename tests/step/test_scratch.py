@@ -17,6 +17,12 @@ NEVER = float("inf")
 V, D, B, F = 500, 4, 32, 3
 
 
+def made(step):
+    """The compiled step, of which there is one."""
+    (only,) = step._made.values()
+    return only
+
+
 def setup(seed: int = 0):
     draw = np.random.default_rng(seed)
     params = {
@@ -29,7 +35,7 @@ def setup(seed: int = 0):
 
 
 def kept_by(step) -> list[jax.Array]:
-    ((_, kept),) = step._step._kept
+    ((_, kept),) = made(step)._kept
     return list(kept)
 
 
@@ -134,7 +140,7 @@ def test_rows_and_gradients_are_laid_out_in_kept_memory():
         state = step(params, tx.init(params), ids)[:2]
         kept = kept_by(step)
         assert [x.nbytes for x in kept] == [size, size]  # the rows and their gradients
-        memory = step._step._keeping.lower(*state, kept, ids).compile().memory_analysis()
+        memory = made(step)._keeping.lower(*state, kept, ids).compile().memory_analysis()
         plain = step.lower(*state, ids).compile().memory_analysis()
         where = [x.unsafe_buffer_pointer() for x in kept]
         with count_compilations() as compiled:
@@ -159,13 +165,13 @@ def test_rows_that_nothing_depends_on_copy_no_table():
         state = step(params, tx.init(params), ids)[:2]
         kept = kept_by(step)
         assert len(kept) == 3
-        compiled = step._step._keeping.lower(*state, kept, ids).compile()
+        compiled = made(step)._keeping.lower(*state, kept, ids).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 50_000 * 64 * 4 / 2
 
 
 def test_small_arrays_are_not_kept():
     step, _ = trained(LOSSES["rows"], se.lazy(optax.sgd(0.1)), se.tuning.kept_bytes)
-    assert not step._step._kept
+    assert not made(step)._kept
 
 
 def test_another_shape_takes_the_place_of_the_last():
@@ -207,7 +213,7 @@ def test_sharded_batches_keep_nothing():
         state = jax.device_put((params, tx.init(params)), everywhere)
         state = step(*state, split)[:2]
         step(*state, split)
-    assert not step._step._kept
+    assert not made(step)._kept
 
 
 def test_inside_another_jit():
@@ -277,4 +283,4 @@ def test_weak_types_are_told_apart():
         step, state = se.train_step(loss_fn, tx), (params, tx.init(params))
         for scale in (jnp.asarray(2.0), jnp.float32(2), jnp.asarray(2.0)):
             *state, _ = step(*state, batches[0], scale)
-    assert step._step._keeping._cache_size() == 2
+    assert made(step)._keeping._cache_size() == 2

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from sparse_embed._core import platform
-from sparse_embed.exact._table import BLOCK, Block, CatchUp, Held, Table
+from sparse_embed.exact._table import Block, CatchUp, Held, Table
 
 
 def settled_blocks(
@@ -57,33 +57,12 @@ def settled_blocks(
 def _caught_up(catch_up: CatchUp, blocks: list[Block]) -> tuple[Array, dict[str, Array]]:
     """The rows of some blocks, one block after the other, after the steps that they missed."""
     block = _joined(blocks) if len(blocks) > 1 else blocks[0]
-    total = block.indices.size
-    if platform() != "cpu" or (len(blocks) == 1 and total <= BLOCK):
+    if platform() != "cpu":  # others would wait for the host
         return catch_up(block)
-
-    # Few enough rows at a time that they stay in the caches of a CPU. And a loop is compiled by
-    # itself: else XLA would compile its operations once more for each table whose rows come out.
-    size = min(BLOCK, -(-total // 2))
-
-    def some(number: Array, rows: tuple[Array, dict[str, Array]]) -> Any:
-        # The last block begins where it is full, but no row is caught up twice.
-        first = jnp.minimum(number * size, total - size)
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size)  # noqa: E731
-        due = first + jnp.arange(size) >= number * size
-        w, moments = jax.tree.map(cut, rows)
-        own = Block(
-            cut(block.indices),
-            w,
-            moments,
-            cut(block.last),
-            jnp.where(due, cut(block.missed), 0),
-            cut(block.then),
-            cut(block.now) if block.now.ndim > 1 else block.now,
-        )
-        put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, first, 0)  # noqa: E731
-        return jax.tree.map(put, rows, catch_up(own))
-
-    return jax.lax.fori_loop(0, -(-total // size), some, (block.w, block.moments))
+    # A branch is compiled by itself: else XLA would compile its operations once more for each table
+    # whose rows come out.
+    late = jnp.any(block.missed > 0)
+    return jax.lax.cond(late, lambda: catch_up(block), lambda: (block.w, block.moments))
 
 
 def _joined(blocks: list[Block]) -> Block:

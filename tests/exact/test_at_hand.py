@@ -103,12 +103,10 @@ def densely(tx, loss, params):
 @pytest.mark.filterwarnings("ignore:.*the gradient of params:UserWarning")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("case", CASES)
-def test_rows_at_hand(case, optimizer, monkeypatch):
+def test_rows_at_hand(case, optimizer):
     tables, loss = CASES[case]
     exact, dense = OPTIMIZERS[optimizer]
     tx, params = exact(), start(tables)
-    # Rows of alike tables are caught up in several blocks.
-    monkeypatch.setattr("sparse_embed.exact._together.BLOCK", 7)
     step = se.train_step(loss, tx)
     got, state = jax.tree.map(jnp.copy, params), tx.init(params)
     for ids in batches():

@@ -28,10 +28,10 @@ from sparse_embed._container.row_sparse import RowSparse as RowSparse
 from sparse_embed._container.row_sparse import is_row_sparse as is_row_sparse
 from sparse_embed._container.row_sparse import summed as summed
 from sparse_embed._container.row_sparse import unsummed as unsummed
-from sparse_embed._container.segments import clipped_rows as clipped_rows
 from sparse_embed._container.segments import gather_rows as gather_rows
 from sparse_embed._container.segments import loosely as loosely
 from sparse_embed._container.segments import nan_where as nan_where
+from sparse_embed._container.segments import old_rows as old_rows
 from sparse_embed._container.segments import segment_count as segment_count
 from sparse_embed._container.segments import segment_sum as segment_sum
 from sparse_embed._container.segments import set_rows as set_rows

@@ -4,7 +4,7 @@ from jax import Array
 
 from sparse_embed._container.each_block import add_rows, put
 from sparse_embed._container.form import Form
-from sparse_embed._container.segments import gather_rows
+from sparse_embed._container.segments import old_rows
 
 
 def add_to(table: Array, form: Form, indices: Array, rows: Array) -> Array:
@@ -18,5 +18,5 @@ def add_to(table: Array, form: Form, indices: Array, rows: Array) -> Array:
     if form.leading:
         return add_rows(flat, indices, rows).reshape(table.shape)
     entries, values = form.entries(indices).reshape(-1), rows.reshape(-1)
-    new = (gather_rows(flat, entries) + values).astype(table.dtype)
+    new = (old_rows(flat, entries) + values).astype(table.dtype)
     return put(flat, entries, new).reshape(table.shape)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container.segments import gather_rows
+from sparse_embed._container.segments import old_rows
 from sparse_embed._core import in_blocks, tuning
 
 
@@ -83,7 +83,7 @@ def add_rows(table: Array, indices: Array, rows: Array) -> Array:
 
 @partial(jax.jit, inline=True)  # outside of any other jit it is one call
 def _added(table: Array, indices: Array, rows: Array) -> Array:
-    return put(table, indices, (gather_rows(table, indices) + rows).astype(table.dtype))
+    return put(table, indices, (old_rows(table, indices) + rows).astype(table.dtype))
 
 
 def put(table: Array, indices: Array, rows: Array) -> Array:

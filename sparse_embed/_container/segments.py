@@ -43,18 +43,22 @@ def segment_count(slot: Array, size: int) -> Array:
 
 def gather_rows(table: Array, indices: Array, fill: float | None = 0) -> Array:
     """`[n, *features]` rows of `table`; an index outside the table reads as `fill`."""
-    if indices.shape == (1,):
-        # XLA turns a gather of one row into a slice, which it reads anew for each use, also where
-        # the table was written in between: it would copy the table to have the old row still.
-        return gather_rows(table, jnp.concatenate([indices, indices]), fill)[:1]
     return table.at[indices].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
 
-def clipped_rows(table: Array, indices: Array) -> Array:
-    """As `gather_rows`; an index beyond the table reads the last row, which costs less."""
+def old_rows(table: Array, indices: Array, mode: str = "fill") -> Array:
+    """Rows of a table that is written afterwards, `[n, *features]`.
+
+    XLA turns a gather of one row into a slice, which it reads anew for each use, also where the
+    table was written in between: it would copy the table to have the old row still. So one row is
+    read like two. An index outside the table reads as 0, or with `"clip"`, which costs less, as its
+    last row.
+    """
     if indices.shape == (1,):
-        return clipped_rows(table, jnp.concatenate([indices, indices]))[:1]
-    return jnp.take(table, indices, 0, mode="clip")
+        return old_rows(table, jnp.concatenate([indices, indices]), mode)[:1]
+    return (
+        jnp.take(table, indices, 0, mode="clip") if mode == "clip" else gather_rows(table, indices)
+    )
 
 
 def loosely(rows: Array, ids: Array) -> Array:

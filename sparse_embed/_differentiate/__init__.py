@@ -13,8 +13,8 @@ from sparse_embed._differentiate.program import Tables as Tables
 from sparse_embed._differentiate.program import trace as trace
 from sparse_embed._differentiate.taps import value_and_listed as value_and_listed
 from sparse_embed._differentiate.touched import check_ids as check_ids
+from sparse_embed._differentiate.touched import distinct_rows as distinct_rows
 from sparse_embed._differentiate.touched import is_reads as is_reads
 from sparse_embed._differentiate.touched import reads_of as reads_of
-from sparse_embed._differentiate.touched import rows_of as rows_of
 from sparse_embed._differentiate.touched import touched as touched
 from sparse_embed._differentiate.walk import Walk as Walk

@@ -45,7 +45,7 @@ def touched(fun: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Callab
     argnums = argument_numbers(argnums, "se.touched(fun, argnums)")
 
     def touched_fun(*args: Any, **kwargs: Any) -> Any:
-        return rows_of(reads_of(trace(fun, argnums, args, kwargs)))
+        return distinct_rows(reads_of(trace(fun, argnums, args, kwargs)))
 
     return touched_fun
 
@@ -75,7 +75,7 @@ def is_reads(x: Any) -> bool:
     return isinstance(x, Reads)
 
 
-def rows_of(found: Any) -> Any:
+def distinct_rows(found: Any) -> Any:
     """A tree of `Reads` as one of distinct indices."""
     return jax.tree.map(_distinct, found, is_leaf=is_reads)
 

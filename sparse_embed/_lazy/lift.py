@@ -65,7 +65,7 @@ class LazyTransformation(optax.GradientTransformationExtraArgs):
 
     apply: Callable[..., tuple[Any, LazyState]]
     listed_update: Callable[..., tuple[Any, LazyState]]
-    update_known: Callable[..., tuple[Any, LazyState]]  # of rows that were read before
+    _update_known: Callable[..., tuple[Any, LazyState]]  # of rows that were read before
 
 
 def lazy(
@@ -210,5 +210,5 @@ def lazy(
 
     tx = LazyTransformation(init_fn, update_fn)
     tx.apply, tx.listed_update = apply_fn, listed_update_fn
-    tx.update_known = update_known_fn
+    tx._update_known = update_known_fn
     return tx

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_embed._core import as_jaxpr, used_inputs
-from sparse_embed._differentiate import Program, is_reads, reads_of, rows_of
+from sparse_embed._differentiate import Program, distinct_rows, is_reads, reads_of
 from sparse_embed.exact import ExactTransformation
 
 
@@ -26,7 +26,7 @@ def settle_reads(
       opt_state: the state of the optimizer.
 
     Returns:
-      `params`, and the state as of `tx.settle_at_hand`.
+      `params`, and the state as of `tx._settle_at_hand`.
     """
 
     def ids(params: Any) -> Any:
@@ -35,12 +35,12 @@ def settle_reads(
 
     jaxpr, _ = as_jaxpr(lambda *leaves: ids(leaves), *program.leaves)
     if not any(used_inputs(jaxpr)):
-        return tx.settle_at_hand(params, opt_state, ids(params))
+        return tx._settle_at_hand(params, opt_state, ids(params))
 
     def again(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         params, opt_state, _, rows = carry
         params, opt_state = tx.settle(params, opt_state, rows, coalesced=True)
-        return params, opt_state, rows, _together(rows_of(reads_of(program.at(params))))
+        return params, opt_state, rows, _together(distinct_rows(reads_of(program.at(params))))
 
     def changed(carry: tuple[Any, ...]) -> Any:
         _, _, before, after = carry
@@ -48,11 +48,11 @@ def settle_reads(
         return jnp.any(jnp.asarray(jax.tree.leaves(differ)))
 
     params, opt_state = jax.tree.map(jnp.asarray, (params, opt_state))
-    rows = rows_of(reads_of(program.at(params)))
+    rows = distinct_rows(reads_of(program.at(params)))
     none = jax.tree.map(lambda x: jnp.full_like(x, -1), rows)
     start = params, opt_state.as_settled(), none, _together(rows)  # as each round returns it
     params, opt_state, *_ = jax.lax.while_loop(changed, again, start)
-    return tx.settle_at_hand(params, opt_state, _together(ids(params)))
+    return tx._settle_at_hand(params, opt_state, _together(ids(params)))
 
 
 def _together(rows: Any) -> Any:

@@ -32,16 +32,16 @@ class TrainStep:
         self._step = step
         self._made: dict[str, ScratchStep] = {}  # by platform
 
-    def _for(self, *given: Any) -> ScratchStep:
-        """The step for the platform where these arrays are."""
-        target = platform_of(given) or platform()
+    def _for(self, params: Any, args: tuple[Any, ...]) -> ScratchStep:
+        """The step for the platform where the arrays are."""
+        target = platform_of(params) or platform_of(args) or platform()
         if target not in self._made:
             self._made[target] = ScratchStep(made_for(target, self._step))
         return self._made[target]
 
     def __call__(self, params: Any, opt_state: Any, *args: Any) -> Any:
         _check_buffers(params, opt_state)
-        step = self._for(params, opt_state, args)
+        step = self._for(params, args)
         return step(params, _unsettled(opt_state), *args)
 
     def lower(self, params: Any, opt_state: Any, *args: Any) -> jax.stages.Lowered:
@@ -49,7 +49,7 @@ class TrainStep:
 
         For the platform of the arrays, or of the shardings of the `jax.ShapeDtypeStruct`s.
         """
-        step = self._for(params, opt_state, args)
+        step = self._for(params, args)
         return step.to_lower.lower(params, _unsettled(opt_state), *args)
 
 
@@ -124,7 +124,7 @@ def train_step(
         value, grads, laid_out = listing(program.at(params), *given(params, args))
         loss = value[0] if has_aux else value
         if at_hand is not None:
-            params, opt_state = tx.apply_at_hand(grads, at_hand, params, value=loss)
+            params, opt_state = tx._apply_at_hand(grads, at_hand, params, value=loss)
         elif apply is not None:  # update and application in one, repeats not yet summed
             params, opt_state = apply(grads, opt_state, params, value=loss)
         else:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._container import Listed, RowSparse, gather_rows, set_rows
+from sparse_embed._container import Listed, RowSparse, old_rows, set_rows
 from sparse_embed._core import as_jaxpr, message
 from sparse_embed._on_rows import OnRows, PerRow, Refused, Rows
 from sparse_embed._update.layout import ELSEWHERE, StateLayout
@@ -80,7 +80,7 @@ def run_update(
         for k, grad in job.tables.items():
             mine = list(args)
             for i, name in own[k].items():
-                clock = gather_rows(row_counts[name][k], grad.indices)
+                clock = old_rows(row_counts[name][k], grad.indices)
                 mine[len(job.grads) + i] = PerRow(clock, k)
             outs = engine.run(program, mine)
             updates[k] = outs[k]
@@ -170,7 +170,7 @@ def engine_of(
 
 # Outside of any other jit it is one call. Not where users read rows: whoever reads them next would
 # be told the line of the first.
-_gathered = jax.jit(gather_rows, inline=True)
+_gathered = jax.jit(old_rows, inline=True)
 
 
 def arguments(job: Update, engine: OnRows, state: list[Any], params: list[Any] | None) -> list[Any]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container import Block, gather_rows
+from sparse_embed._container import Block, old_rows
 from sparse_embed._core import CALLS, called_jaxpr, without_calls
 from sparse_embed._on_rows import (
     Flow,
@@ -117,7 +117,7 @@ class BlockProgram:
 
     def read(self, k: int, here: Block, held: Held) -> HeldBlock:
         """The block, with its rows of these arrays."""
-        rows = jax.tree.map(lambda x: gather_rows(x, here.indices), held)
+        rows = jax.tree.map(lambda x: old_rows(x, here.indices), held)
         return HeldBlock(k, here.indices, here.rows, rows)
 
     def run(
@@ -191,7 +191,7 @@ class BlockProgram:
         def gather(j: int, x: Any) -> Array:
             if block is None or j != block.table:
                 return _padding_row(x)
-            return gather_rows(jnp.asarray(x), block.indices)
+            return old_rows(jnp.asarray(x), block.indices)
 
         given = [*self.program[1], *self.state, *(self.params or [])]
         return {j: g.num_rows for j, g in self.tables.items()}, real, given, gather

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container import Block, gather_rows, put
+from sparse_embed._container import Block, old_rows, put
 from sparse_embed._on_rows import OnRows, PerRow, Refused
 from sparse_embed._update.at_once import refusal
 from sparse_embed._update.block_program import BlockProgram, Held, HeldBlock
@@ -54,7 +54,7 @@ def row_pass(
 
     def body(here: Block, written: Written) -> Written:
         # Arrays that are written are read as they are by now, so that they can stay in place.
-        before = jax.tree.map(lambda x: gather_rows(x, here.indices), written.added)
+        before = jax.tree.map(lambda x: old_rows(x, here.indices), written.added)
         params = written.added if added_in_place else held.params
         now = Held(held.counts | written.counts, params, held.state | written.state)
         block = work.read(k, here, now)

@@ -153,7 +153,7 @@ class RowRead(NamedTuple):
         safe, listed = (jnp.moveaxis(x, axis, 0) for x in (ids.safe[0], ids.listed))
         fill = self.eqn.params.get("fill_value") if self.mode == FILL else None
         for column, inside in zip(safe, listed < self.num_rows, strict=True):
-            if column.size == 1:  # see `gather_rows`
+            if column.size == 1:  # see `old_rows`
                 rows = taken(table, (0,), (column.reshape(1),))
                 rows = rows.reshape(*column.shape, *table.shape[1:])
             else:

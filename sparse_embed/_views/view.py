@@ -56,7 +56,7 @@ def taken(x: Array, axes: Axes, ids: Ids) -> Array:
     """`[n, *features]`: the rows of an array at in-range ids along `axes`."""
     if not axes:
         return jnp.asarray(x)[None]
-    if ids[0].shape == (1,):  # see `gather_rows`
+    if ids[0].shape == (1,):  # see `old_rows`
         return taken(x, axes, tuple(jnp.concatenate([i, i]) for i in ids))[:1]
     where: list[Any] = [slice(None)] * x.ndim
     for a, i in zip(axes, ids, strict=True):

@@ -30,7 +30,7 @@ from sparse_embed.exact._table import Block, written
 from sparse_embed.exact._together import settled_blocks
 
 
-class Read(NamedTuple):
+class Settled(NamedTuple):
     """The rows of one leaf that a step reads, settled."""
 
     ids: Sequence[Array]  # of each place where it is read, as in `Part.ids`
@@ -42,7 +42,7 @@ class AtHand(NamedTuple):
     """A state some of whose rows are not written yet: those read, by leaf."""
 
     state: ExactState
-    reads: dict[int, Read]
+    reads: dict[int, Settled]
 
 
 def settle_at_hand(exact: Exact, params: Any, state: ExactState, ids: Any) -> tuple[Any, AtHand]:
@@ -71,7 +71,7 @@ def settle_at_hand(exact: Exact, params: Any, state: ExactState, ids: Any) -> tu
         new[k] = set_rows(w, block.indices, block.w, block.ascending), moments, clock
     params, state = exact.put(params, state, new)
     return params, AtHand(
-        state.as_settled(), {k: Read(listed[k], slots[k].slot, b) for k, b in blocks.items()}
+        state.as_settled(), {k: Settled(listed[k], slots[k].slot, b) for k, b in blocks.items()}
     )
 
 
@@ -92,6 +92,13 @@ def apply_at_hand(
     """
     treedef: Any
     listed, treedef = jax.tree.flatten(grads, is_leaf=lambda g: isinstance(g, Listed))
+    odd = [g.coalesced() if isinstance(g, Listed) and not g.form.plain else None for g in listed]
+    check_forms(treedef.unflatten(odd))
+    old = LazyState(at_hand.state.inner_state, {})
+    if not jax.tree.leaves(at_hand.state.clocks):  # nothing moves without a gradient
+        params, new = exact.on_touched.apply(grads, old, params, **extra)
+        state = at_hand.state._replace(inner_state=new.inner_state, step=at_hand.state.step + 1)
+        return params, state.unsettled()
     reads = {k: r for k, r in at_hand.reads.items() if isinstance(listed[k], Listed)}
     tables, held = exact.resting(params, at_hand.state)
     others = {k: written(r.block, held[k]) for k, r in at_hand.reads.items() if k not in reads}
@@ -104,8 +111,7 @@ def apply_at_hand(
         known |= {id(x): read.block.moments[name] for name, x in moments.items()}
         listed[k] = _on_block(listed[k], read)
     coalesced = [g.coalesced() if isinstance(g, Listed) else g for g in listed]
-    check_forms(treedef.unflatten(coalesced))
-    updates, new = exact.on_touched.update_known(
+    updates, new = exact.on_touched._update_known(
         treedef.unflatten(coalesced), LazyState(state.inner_state, {}), params, known, **extra
     )
 
@@ -135,7 +141,7 @@ def _short(slots: Slots, num_rows: int) -> Slots:
     return slots._replace(indices=slots.indices[: min(slots.indices.size, num_rows)])
 
 
-def _on_block(grad: Listed, read: Read) -> RowSparse:
+def _on_block(grad: Listed, read: Settled) -> RowSparse:
     """The gradient of the rows of a block."""
     block, slot = read.block, read.slot
     size = block.indices.size

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_embed._container import gather_rows
+from sparse_embed._container import old_rows
 from sparse_embed._core import as_jaxpr
 from sparse_embed._on_rows import OnRows, Refused, Rows
 from sparse_embed._update import ELSEWHERE, StateLayout, refusal
@@ -160,7 +160,7 @@ class RestStep:
 
         def gather(j: int, x: Any) -> Array:
             x = jnp.asarray(x)
-            return more(gather_rows(x, indices), 0) if j == self.k else other(x)
+            return more(old_rows(x, indices), 0) if j == self.k else other(x)
 
         real = {j: jnp.ones(u + 1 if j == self.k else 1, bool) for j in heights}
         engine = OnRows(heights, real, program.consts, gather)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_embed._container import RowSparse, clipped_rows, gather_rows, nan_where, set_rows
+from sparse_embed._container import RowSparse, nan_where, old_rows, set_rows
 from sparse_embed._core import is_concrete, message
 from sparse_embed.exact._ledger import Counts, Ledger
 from sparse_embed.exact._state import RowClock, behind, new_clock
@@ -63,7 +63,7 @@ class Table:
     def gathered(self, indices: Array, held: Held, ascending: bool) -> Block:
         """The rows at `indices`, as they are; in place of padding the last row, up to date."""
         w, moments, clock = held
-        read = partial(clipped_rows, indices=indices)
+        read = partial(old_rows, indices=indices, mode="clip")
         last = read(clock.last_step)
         return Block(
             indices,
@@ -150,7 +150,7 @@ class Table:
             clock = RowClock(jnp.full_like(clock.last_step, step), sums, now, mark)
             return jnp.where(late, jnp.nan, update), clock
         indices = update.indices
-        real, last = indices < update.num_rows, gather_rows(clock.last_step, indices)
+        real, last = indices < update.num_rows, old_rows(clock.last_step, indices)
         late = real & (behind(self.step, last) != 0)
         self._check_late(late)
         late = late.reshape(-1, *(1,) * (update.ndim - 1)) | ~agrees

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparse_embed._core import platform
+from sparse_embed._core import is_concrete, platform
 from sparse_embed.exact._table import Block, CatchUp, Held, Table
 
 
@@ -57,7 +57,8 @@ def settled_blocks(
 def _caught_up(catch_up: CatchUp, blocks: list[Block]) -> tuple[Array, dict[str, Array]]:
     """The rows of some blocks, one block after the other, after the steps that they missed."""
     block = _joined(blocks) if len(blocks) > 1 else blocks[0]
-    if platform() != "cpu":  # others would wait for the host
+    # Others than CPUs would wait for the host, and outside of `jit` a branch is compiled each time.
+    if platform() != "cpu" or is_concrete(block.missed):
         return catch_up(block)
     # A branch is compiled by itself: else XLA would compile its operations once more for each table
     # whose rows come out.

@@ -49,8 +49,8 @@ class ExactTransformation(optax.GradientTransformationExtraArgs):
     view: Callable[[Any, ExactState, Any], Any]
     from_dense: Callable[[Any, Any], ExactState]
     to_dense: Callable[[Any, ExactState], tuple[Any, Any]]
-    settle_at_hand: Callable[..., tuple[Any, AtHand]]  # these two are how a `train_step` goes
-    apply_at_hand: Callable[..., tuple[Any, ExactState]]
+    _settle_at_hand: Callable[..., tuple[Any, AtHand]]  # these two are how a `train_step` goes
+    _apply_at_hand: Callable[..., tuple[Any, ExactState]]
 
 
 def transformation(exact: Exact) -> ExactTransformation:
@@ -78,6 +78,6 @@ def transformation(exact: Exact) -> ExactTransformation:
     tx.settle, tx.view = checked, exact.view
     tx.from_dense = exact.from_dense
     tx.to_dense = to_dense
-    tx.settle_at_hand = partial(settle_at_hand, exact)
-    tx.apply_at_hand = partial(apply_at_hand, exact)
+    tx._settle_at_hand = partial(settle_at_hand, exact)
+    tx._apply_at_hand = partial(apply_at_hand, exact)
     return tx

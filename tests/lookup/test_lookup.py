@@ -409,3 +409,11 @@ def test_a_wrong_call_says_what_to_write(wrong):
     pattern = ".*\n  got: ".join(map(re.escape, (wrote, got)))
     with pytest.raises(error, match=f"(?s){pattern}.*\n  write: .*{re.escape(instead)}"):
         call()
+
+
+@pytest.mark.parametrize("read", [se.lookup, lambda t, i: t[i]], ids=["lookup", "index"])
+def test_one_id_lists_one_row(read):
+    table, ids = jnp.ones((10, 2)), jnp.array([3])
+    grad = se.grad(lambda t: read(t, ids).sum())(table)
+    assert grad.indices.tolist() == [3]
+    assert se.touched(lambda t: read(t, ids))(table).tolist() == [3]
